@@ -1,0 +1,57 @@
+# Every target makes the environment it needs. `make help` lists them.
+#
+#   PYTHON=python3.12   the interpreter of the environment; by default the newest Python >= 3.11 found
+#   VENV=folder         where the environment lies; by default .venv
+#   ARGS="..."          further arguments of the target's command
+
+VENV ?= .venv
+JOBS ?= 2
+BAZEL ?= bazel
+ARGS ?=
+
+bin := $(VENV)/bin
+ready := $(VENV)/.ready
+
+.PHONY: help setup demo test lint format bench bazel-test clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo        train a small language model, sparse and dense, and write figures to demo_out/"
+	@echo "make test        run the tests"
+	@echo "make lint        check style and format; 'make format' repairs them"
+	@echo "make bench       time attention side by side with the baselines"
+	@echo "make bazel-test  run the tests under Bazel, without a network"
+	@echo "make clean       remove everything these targets made"
+
+setup: $(ready)
+
+# The stamp is older than pyproject.toml when what has to be installed may have changed.
+$(ready): pyproject.toml CMakeLists.txt
+	python=$${PYTHON:-$$(tools/find_python.sh)} && echo "setting up $(VENV) with $$python" && "$$python" -m venv $(VENV)
+	$(bin)/python -m pip install --quiet --editable '.[test,lint,bench,demo]'
+	touch $@
+
+demo: $(ready)
+	$(bin)/python examples/train_lm.py --out demo_out $(ARGS)
+
+test: $(ready)
+	$(bin)/python -m pytest -q -n $(JOBS) $(ARGS)
+
+lint: $(ready)
+	$(bin)/ruff check $(ARGS) .
+	$(bin)/ruff format --check $(ARGS) .
+
+format: $(ready)
+	$(bin)/ruff check --fix $(ARGS) .
+	$(bin)/ruff format $(ARGS) .
+
+bench: $(ready)
+	$(bin)/python -m benchmarks.run $(ARGS)
+
+# Bazel runs the tests with the python3 that it finds on PATH.
+bazel-test: $(ready)
+	PATH="$(abspath $(bin)):$$PATH" $(BAZEL) test --config=offline $(ARGS) //...
+
+clean:
+	rm -rf $(VENV) demo_out build dist .pytest_cache .ruff_cache .hypothesis
+	rm -f bazel-*

@@ -1,0 +1,4 @@
+"""Nothing to fetch."""
+
+def py_repositories():
+    pass
