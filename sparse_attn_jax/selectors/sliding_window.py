@@ -1,0 +1,98 @@
+"""`SlidingWindow`: the nearest tokens and a few leading ones, exact to the token."""
+
+import dataclasses
+import numbers
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from sparse_attn_jax import selection_checks as checks
+from sparse_attn_jax.scoring_problem import absolute_positions
+from sparse_attn_jax.selection import BlockSelection, num_blocks
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class WindowPredicate:
+    """Keeps a key that is nearer than `window` tokens or among the first `num_sinks`. Causality is the op's own mask."""
+
+    window: int = dataclasses.field(metadata=dict(static=True))
+    num_sinks: int = dataclasses.field(metadata=dict(static=True))
+
+    def __call__(self, batch: jax.Array, head: jax.Array, q_position: jax.Array, kv_position: jax.Array) -> jax.Array:
+        """bool, elementwise: batch and head are not looked at."""
+        near = jnp.abs(q_position - kv_position) < self.window
+        return near | (kv_position < self.num_sinks)
+
+
+@dataclasses.dataclass(frozen=True)
+class SlidingWindow:
+    """A window of tokens around each query, and the first tokens of the sequence: the pattern of StreamingLLM.
+
+    Attributes:
+      window: tokens a query sees, itself included: i - window < j <= i. Without causality as many follow it:
+        i - window < j < i + window.
+      num_sinks: leading tokens that every query sees.
+      block_size: tokens per block of the lists; the result does not depend on it, only the speed.
+    """
+
+    window: int
+    num_sinks: int = 0
+    block_size: int = 64
+
+    causal_safe: ClassVar[bool] = True
+
+    def __post_init__(self):
+        checks.check_int("window", self.window, 1)
+        checks.check_int("num_sinks", self.num_sinks, 0)
+        checks.check_int("block_size", self.block_size, 1)
+
+    def __call__(
+        self, query: jax.Array, key: jax.Array, *, is_causal: bool = False, q_offset: int | jax.Array | None = None
+    ) -> BlockSelection:
+        """Selects for one call; the arguments are those of the attention op, and only the shapes and `q_offset` are read.
+
+        Args:
+          query: [batch, q_len, num_q_heads, head_dim].
+          key: [batch, kv_len, num_kv_heads, head_dim].
+          is_causal: list no block after the query. The op must be given the same.
+          q_offset: absolute position of query 0; `None` is kv_len - q_len.
+
+        Returns:
+          A `BlockSelection` with one head and a predicate that is exact to the token. One list per `block_size` queries if
+          `q_offset` is a Python int and a multiple of it (blocks are counted from absolute position 0), else one per query.
+
+        Raises:
+          ValueError: an argument is wrong.
+        """
+        checks.check_key(key)
+        checks.check_query(query, key, "key")
+        checks.check_bool("is_causal", is_causal)
+        q_len, kv_len = query.shape[1], key.shape[1]
+        checks.check_q_offset(q_offset, query.shape[0], q_len, kv_len)
+        q_offset = kv_len - q_len if q_offset is None else q_offset
+        is_aligned = isinstance(q_offset, numbers.Integral) and q_offset % self.block_size == 0
+        q_block_size = self.block_size if is_aligned else 1
+        num_rows = num_blocks(q_len, q_block_size)
+        first = absolute_positions(q_offset, num_rows * q_block_size, kv_len)[:, ::q_block_size]
+        ids = self._list_blocks(first, first + q_block_size - 1, kv_len, is_causal)
+        predicate = WindowPredicate(self.window, self.num_sinks)
+        return BlockSelection(ids[:, None], q_block_size=q_block_size, kv_block_size=self.block_size, predicate=predicate)
+
+    def _list_blocks(self, first: jax.Array, last: jax.Array, kv_len: int, is_causal: bool) -> jax.Array:
+        """Blocks for the rows of queries at positions first..last, [batch or 1, rows]: int32 [batch or 1, rows, slots]."""
+        num_kv_blocks = num_blocks(kv_len, self.block_size)
+        num_sink_blocks = min(num_blocks(self.num_sinks, self.block_size), num_kv_blocks)
+        ahead = 0 if is_causal else self.window - 1
+        low = jnp.maximum(first - (self.window - 1), 0) // self.block_size
+        high = (last + ahead) // self.block_size
+        # The windows of 1 or block_size neighbouring queries, wherever they start, touch at most this many blocks.
+        num_near = min(num_blocks(self.window - 1, self.block_size) + num_blocks(ahead, self.block_size) + 1, num_kv_blocks)
+        near = low[..., None] + jnp.arange(num_near, dtype=jnp.int32)
+        is_listed = (near >= num_sink_blocks) & (near <= high[..., None]) & (near < num_kv_blocks)
+        near = jnp.where(is_listed, near, -1)
+        sinks = jnp.arange(num_sink_blocks, dtype=jnp.int32)
+        furthest = last // self.block_size if is_causal else jnp.full_like(last, num_kv_blocks)
+        sinks = jnp.where(sinks <= furthest[..., None], sinks, -1)
+        return jnp.concatenate([sinks, near], axis=-1)
