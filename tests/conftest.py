@@ -1,0 +1,15 @@
+"""Settings that have to be made before jax is imported, and hypothesis profiles."""
+
+import os
+
+from hypothesis import settings
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Sharding is tested on eight devices that share the CPU.
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+# The first example of a test compiles, so time says nothing about an example.
+settings.register_profile("local", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
