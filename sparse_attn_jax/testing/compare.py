@@ -28,16 +28,21 @@ Results = dict[str, Any]  # by RESULT_NAMES
 Attend = Callable[..., tuple[jax.Array, jax.Array]]  # (query, key, value, key_bias=None) -> (out, lse)
 
 
-def results_of(attend: Attend, inputs: Inputs) -> Results:
-    """out, lse, and the gradients of sum(out * d_out) + sum(lse * d_lse), from one jitted function."""
+def forward_and_backward(attend: Attend) -> Callable[..., Results]:
+    """(operands, d_out, d_lse) -> results: out, lse and the gradients of sum(out * d_out) + sum(lse * d_lse), jitted."""
 
     @jax.jit
-    def forward_and_backward(operands, d_out, d_lse):
+    def run(operands, d_out, d_lse):
         (out, lse), pull_back = jax.vjp(lambda operands: attend(**operands), operands)
         (gradients,) = pull_back((d_out.astype(out.dtype), d_lse.astype(lse.dtype)))
         return dict(out=out, lse=lse) | {f"d_{name}": gradient for name, gradient in gradients.items()}
 
-    return jax.device_get(forward_and_backward(inputs.operands, inputs.d_out, inputs.d_lse))
+    return run
+
+
+def results_of(attend: Attend, inputs: Inputs) -> Results:
+    """Results of `attend` on these inputs."""
+    return jax.device_get(forward_and_backward(attend)(inputs.operands, inputs.d_out, inputs.d_lse))
 
 
 def mask_of(inputs: Inputs, **changes) -> np.ndarray:
