@@ -1,0 +1,89 @@
+"""Which implementation runs a problem, and why not the others. The only module that names implementations."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+
+from absl import logging
+
+from sparse_attn_jax.implementations import cuda, mosaic, xla
+from sparse_attn_jax.problem import Problem
+
+# In order of preference.
+IMPLEMENTATIONS: Mapping[str, ModuleType] = {"mosaic": mosaic, "cuda": cuda, "xla": xla}
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """Why an implementation was chosen.
+
+    Attributes:
+      implementation: the name that runs the problem, forward and backward; `None` if none of those asked for can.
+      reasons: for each implementation asked for, in order of preference, the reasons against it; empty if it can run.
+      problem: what was asked.
+    """
+
+    implementation: str | None
+    reasons: Mapping[str, tuple[str, ...]]
+    problem: Problem
+
+    def __str__(self) -> str:
+        lines = [f"runs on: {self.implementation or 'none'} (forward and backward)"]
+        for name, reasons in self.reasons.items():
+            lines += [f"not {name}: {reason}" for reason in reasons]
+        return "\n".join(lines)
+
+
+def get(name: str) -> ModuleType:
+    return IMPLEMENTATIONS[name]
+
+
+def supported(problem: Problem) -> dict[str, tuple[str, ...]]:
+    """Every implementation's reasons against `problem`."""
+    return {name: module.supports(problem) for name, module in IMPLEMENTATIONS.items()}
+
+
+def requested_names(implementation: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The implementations to consider, in order."""
+    if implementation is None:
+        return tuple(IMPLEMENTATIONS)
+    names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
+    for name in names or ("",):
+        if name not in IMPLEMENTATIONS:
+            known = ", ".join(map(repr, IMPLEMENTATIONS))
+            raise ValueError(f"`implementation` is {implementation!r}; it must be one of {known}, a sequence of them or None.")
+    return names
+
+
+def explain(
+    problem: Problem,
+    implementation: str | Sequence[str] | None,
+    supports: Callable[[Problem], Mapping[str, tuple[str, ...]]] = supported,
+) -> Explanation:
+    names = requested_names(implementation)
+    reasons = supports(problem)
+    reasons = {name: reasons[name] for name in names}
+    chosen = next((name for name in names if not reasons[name]), None)
+    return Explanation(chosen, reasons, problem)
+
+
+def choose(problem: Problem, implementation: str | Sequence[str] | None) -> str:
+    """The first implementation asked for that can run `problem`, forward and backward.
+
+    Raises:
+      ValueError: an unknown name.
+      NotImplementedError: none of those asked for can; with every reason.
+    """
+    explanation = explain(problem, implementation)
+    if explanation.implementation is None:
+        reasons = "; ".join(f"{name}: {reason}" for name, rs in explanation.reasons.items() for reason in rs)
+        raise NotImplementedError(f"`implementation` is {implementation!r}, which cannot run this call. {reasons}. {problem}")
+    if implementation is None:
+        _log_once(str(explanation))
+    return explanation.implementation
+
+
+@functools.cache
+def _log_once(text: str) -> None:
+    logging.info("sparse_attn_jax: %s", text)

@@ -1,0 +1,91 @@
+"""Block-sparse flash attention, backward, in XLA: the forward's walk, with probabilities recomputed from the lse.
+
+One pass over the query tiles gives all gradients: dK, dV and the bias gradient are added block by block to float32 arrays the
+size of K and V. The loop is sequential, so the result is deterministic.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from sparse_attn_jax.implementations.xla import tiles
+from sparse_attn_jax.implementations.xla.config import choose_config
+from sparse_attn_jax.planning import TilePlan
+from sparse_attn_jax.problem import Operands, Problem, TokenMask
+
+
+def backward(
+    problem: Problem,
+    operands: Operands,
+    plan: TilePlan,
+    mask: TokenMask,
+    out: jax.Array,
+    lse: jax.Array,
+    d_out: jax.Array,
+    d_lse: jax.Array,
+) -> Operands:
+    """Gradients of the op with respect to `operands`, given those of out and lse."""
+    geometry = tiles.make_geometry(problem, plan, choose_config(problem, plan))
+    lists = tiles.make_lists(geometry, plan, mask)
+    tables = tiles.make_mask_tables(geometry, mask)
+    keys = tiles.to_key_blocks(geometry, operands)
+    dtype = geometry.accumulator_dtype
+    delta = jnp.einsum("bqhd,bqhd->bqh", d_out, out, preferred_element_type=dtype) - d_lse
+    rows = tuple(
+        tiles.pad_rows(geometry, x, fill)
+        for x, fill in ((operands.query, 0), (d_out, 0), (lse[..., None], -jnp.inf), (delta[..., None], 0))
+    )
+
+    def add_box(index, carry):
+        d_query, d_blocks = carry
+        box = tiles.locate(geometry, index)
+        d_rows, d_blocks = _backward_box(geometry, box, rows, keys, lists, tables, d_blocks)
+        return tiles.write_rows(geometry, box, d_query, d_rows), d_blocks
+
+    d_query = tiles.zeros(geometry, rows[0].shape, operands.query.dtype, operands)
+    d_blocks = jax.tree.map(lambda x: tiles.zeros(geometry, x.shape, dtype, operands), keys.blocks())
+    d_query, d_blocks = jax.lax.fori_loop(0, geometry.num_boxes, add_box, (d_query, d_blocks))
+    d_key, d_value, d_key_bias = (None if x is None else tiles.from_blocks(geometry, x) for x in d_blocks)
+    return Operands(
+        query=d_query[:, : problem.q_len],
+        key=d_key.astype(operands.key.dtype),
+        value=d_value.astype(operands.value.dtype),
+        key_bias=None if d_key_bias is None else jnp.swapaxes(d_key_bias[..., 0], 1, 2).astype(operands.key_bias.dtype),
+    )
+
+
+def _backward_box(geometry, box, rows, keys, lists, tables, d_blocks):
+    """Query gradient [tiles, heads, rows, head_dim] of one box; its key, value and bias gradients are added to `d_blocks`."""
+    problem, chunk = geometry.problem, geometry.config.chunk
+    query, d_out, lse, delta = (tiles.read_rows(geometry, box, x) for x in rows)
+    # A row that saw nothing contributes nothing, whatever its query or cotangent holds.
+    seen = lse > -jnp.inf
+    query = jnp.where(seen, query, 0).astype(geometry.matmul_dtype)
+    d_out = jnp.where(seen, d_out, 0).astype(geometry.matmul_dtype)
+    delta = jnp.where(seen, delta, 0)
+    # exp(x - inf) is 0 for the rows that saw nothing.
+    lse = jnp.where(seen, lse, jnp.inf)
+
+    def matmul(equation, a, b):
+        return jnp.einsum(equation, a, b, preferred_element_type=geometry.accumulator_dtype)
+
+    def add_chunk(c, carry):
+        d_query, (d_key, d_value, d_key_bias) = carry
+        part = tiles.read_chunk(geometry, box, keys, lists, tables, c * chunk)
+        logits, slope = tiles.scores(geometry, query, part.key, part.key_bias)
+        keep = tiles.broadcast_visible(geometry, part.visible) & seen
+        probs = jnp.where(keep, jnp.exp(logits - lse), 0)
+        d_probs = matmul("thrd,thkd->thrk", d_out, part.value)
+        d_logits = jnp.where(keep, probs * (d_probs - delta), 0)
+        d_product = (d_logits * slope * problem.scale).astype(geometry.matmul_dtype)
+        key = tiles.drop_unseen(geometry, keys, part.visible, part.key)
+        d_query = d_query + matmul("thrk,thkd->thrd", d_product, key)
+        d_key = tiles.add_blocks(geometry, box, d_key, part.ids, matmul("thrk,thrd->thkd", d_product, query))
+        probs = probs.astype(geometry.matmul_dtype)
+        d_value = tiles.add_blocks(geometry, box, d_value, part.ids, matmul("thrk,thrd->thkd", probs, d_out))
+        if d_key_bias is not None:
+            d_key_bias = tiles.add_blocks(geometry, box, d_key_bias, part.ids, d_logits.sum(2)[..., None])
+        return d_query, (d_key, d_value, d_key_bias)
+
+    first, end = tiles.chunk_range(geometry, box, lists)
+    d_query = jnp.zeros_like(query, geometry.accumulator_dtype)
+    return jax.lax.fori_loop(first, end, add_chunk, (d_query, d_blocks))

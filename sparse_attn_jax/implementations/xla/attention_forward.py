@@ -1,0 +1,67 @@
+"""Block-sparse flash attention, forward, in XLA: one loop over boxes of query tiles, and in it one over the listed blocks."""
+
+import jax
+import jax.numpy as jnp
+
+from sparse_attn_jax.implementations.xla import tiles
+from sparse_attn_jax.implementations.xla.config import choose_config
+from sparse_attn_jax.planning import TilePlan
+from sparse_attn_jax.problem import Operands, Problem, TokenMask
+
+
+def forward(problem: Problem, operands: Operands, plan: TilePlan, mask: TokenMask) -> tuple[jax.Array, jax.Array]:
+    """Attention of each query over the visible keys of its selected blocks.
+
+    Returns:
+      out [batch, q_len, num_q_heads, value_head_dim] in the query's dtype, and the natural-log lse [batch, q_len, num_q_heads],
+      float32 (float64 for float64 inputs). A row that sees nothing has out 0 and lse -inf.
+    """
+    geometry = tiles.make_geometry(problem, plan, choose_config(problem, plan))
+    lists = tiles.make_lists(geometry, plan, mask)
+    tables = tiles.make_mask_tables(geometry, mask)
+    query = tiles.pad_rows(geometry, operands.query)
+    keys = tiles.to_key_blocks(geometry, operands)
+
+    def attend_box(index, carry):
+        out, lse = carry
+        box = tiles.locate(geometry, index)
+        box_out, box_lse = _attend_box(geometry, box, query, keys, lists, tables)
+        return tiles.write_rows(geometry, box, out, box_out), tiles.write_rows(geometry, box, lse, box_lse)
+
+    shape = (problem.batch, geometry.padded_q_len, problem.num_q_heads)
+    out = tiles.zeros(geometry, (*shape, problem.value_head_dim), operands.query.dtype, operands)
+    lse = tiles.zeros(geometry, (*shape, 1), geometry.accumulator_dtype, operands)
+    out, lse = jax.lax.fori_loop(0, geometry.num_boxes, attend_box, (out, lse))
+    return out[:, : problem.q_len], lse[:, : problem.q_len, :, 0]
+
+
+def _attend_box(geometry, box, query, keys, lists, tables):
+    """out [tiles, heads, rows, value_head_dim] and lse [tiles, heads, rows, 1] of one box, by online softmax over its chunks."""
+    problem, chunk = geometry.problem, geometry.config.chunk
+    query_rows = tiles.read_rows(geometry, box, query).astype(geometry.matmul_dtype)
+
+    def attend_chunk(c, carry):
+        row_max, row_sum, acc = carry
+        part = tiles.read_chunk(geometry, box, keys, lists, tables, c * chunk)
+        logits, _ = tiles.scores(geometry, query_rows, part.key, part.key_bias)
+        logits = tiles.where_visible(geometry, part.visible, logits, -jnp.inf)
+        new_max = jnp.maximum(row_max, logits.max(-1, keepdims=True))
+        shift = jnp.where(new_max == -jnp.inf, 0, new_max)
+        probs = jnp.exp(logits - shift)
+        rescale = jnp.exp(row_max - shift)
+        row_sum = row_sum * rescale + probs.sum(-1, keepdims=True)
+        value = tiles.drop_unseen(geometry, keys, part.visible, part.value)
+        product = jnp.einsum(
+            "thrk,thkd->thrd",
+            probs.astype(geometry.matmul_dtype),
+            value,
+            preferred_element_type=geometry.accumulator_dtype,
+        )
+        return new_max, row_sum, acc * rescale + product
+
+    stat = jnp.zeros_like(query_rows[..., :1], geometry.accumulator_dtype)
+    acc = jnp.broadcast_to(stat, (*stat.shape[:-1], problem.value_head_dim))
+    first, end = tiles.chunk_range(geometry, box, lists)
+    row_max, row_sum, acc = jax.lax.fori_loop(first, end, attend_chunk, (stat - jnp.inf, stat, acc))
+    out = acc / jnp.where(row_sum == 0, 1, row_sum)
+    return out, row_max + jnp.log(row_sum)
