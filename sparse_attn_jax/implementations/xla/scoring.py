@@ -55,34 +55,30 @@ def select_from_units(
     if q_len == 0:
         heads = num_q_heads if problem.group_reduction is None else num_kv_heads
         return jnp.zeros((batch, heads, 0, problem.top_k), jnp.int32)
-    chunk = queries_per_chunk or _chunk_length(batch * num_q_heads * compressed.shape[1], q_len)
-    padding = -q_len % chunk
-    # The last position repeats into the padding, so that a padded chunk reads no more keys than a full one.
-    positions = jnp.pad(positions, ((0, 0), (0, padding)), mode="edge")
-    positions = positions.reshape(positions.shape[0], -1, chunk).swapaxes(0, 1)  # [chunks, batch or 1, chunk]
-    query = jnp.pad(query, ((0, 0), (0, padding), (0, 0), (0, 0)))
-    query = query.reshape(batch, -1, chunk, num_kv_heads, group_size, head_dim)
-    query = query.transpose(1, 0, 3, 5, 4, 2)  # [chunks, batch, num_kv_heads, head_dim, group_size, chunk]
+    chunk = min(queries_per_chunk or _chunk_length(batch * num_q_heads * compressed.shape[1]), q_len)
+    num_chunks = num_blocks(q_len, chunk)
     units = compressed.astype(jnp.float32).swapaxes(1, 2)
     coarse_units = None if coarse is None else coarse.astype(jnp.float32).swapaxes(1, 2)
     limits = _key_limits(problem, num_buckets)
+    branches = [functools.partial(_select_within, limit, problem, units, coarse_units) for limit in limits]
 
-    def select_chunk(chunk_inputs):
-        chunk_query, chunk_positions = chunk_inputs
-        branches = [
-            functools.partial(_select_within, limit, units=units, coarse=coarse_units, problem=problem) for limit in limits
-        ]
+    def select_chunk(start):
+        chunk_query = jax.lax.dynamic_slice_in_dim(query, start, chunk, axis=1)
+        chunk_query = chunk_query.reshape(batch, chunk, num_kv_heads, group_size, head_dim).transpose(0, 2, 4, 3, 1)
+        chunk_positions = jax.lax.dynamic_slice_in_dim(positions, start, chunk, axis=1)
         bucket = jnp.searchsorted(jnp.asarray(limits[:-1], jnp.int32), chunk_positions.max() + 1)
         return jax.lax.switch(bucket, branches, chunk_query, chunk_positions)
 
-    ids = jax.lax.map(select_chunk, (query, positions))  # [chunks, batch, heads, top_k, chunk]
-    ids = ids.transpose(1, 2, 0, 4, 3)
-    return ids.reshape(batch, ids.shape[1], q_len + padding, problem.top_k)[:, :, :q_len]
+    # The last chunk ends with the last query and repeats some of the chunk before it: a padded query would be a copy of it.
+    starts = jnp.minimum(jnp.arange(num_chunks, dtype=jnp.int32) * chunk, q_len - chunk)
+    ids = jax.lax.map(select_chunk, starts).swapaxes(3, 4)  # [num_chunks, batch, heads, chunk, top_k]
+    whole = jnp.moveaxis(ids[:-1], 0, 2).reshape(batch, ids.shape[2], (num_chunks - 1) * chunk, problem.top_k)
+    return jnp.concatenate([whole, ids[-1][:, :, num_chunks * chunk - q_len :]], axis=2)
 
 
-def _chunk_length(elements_per_query: int, q_len: int) -> int:
-    wanted = min(max(CHUNK_ELEMENTS // max(elements_per_query, 1), MIN_CHUNK), MAX_CHUNK)
-    return min(2 ** int(math.log2(wanted)), max(q_len, 1))
+def _chunk_length(elements_per_query: int) -> int:
+    wanted = CHUNK_ELEMENTS // max(elements_per_query, 1)
+    return 2 ** int(math.log2(min(max(wanted, MIN_CHUNK), MAX_CHUNK)))
 
 
 def _key_limits(problem: ScoringProblem, num_buckets: int | None) -> list[int]:
@@ -98,12 +94,11 @@ def _key_limits(problem: ScoringProblem, num_buckets: int | None) -> list[int]:
 
 def _select_within(
     limit: int,
-    query: jax.Array,
-    positions: jax.Array,
-    *,
+    problem: ScoringProblem,
     units: jax.Array,
     coarse: jax.Array | None,
-    problem: ScoringProblem,
+    query: jax.Array,
+    positions: jax.Array,
 ) -> jax.Array:
     """Selects for one chunk from the first `limit` keys: int32 [batch, heads, top_k, chunk]."""
     scores = score_chunk(query, positions, units=units, coarse=coarse, limit=limit, problem=problem)
