@@ -72,13 +72,13 @@ def _backward_box(geometry, box, rows, keys, lists, tables, d_blocks):
         d_query, (d_key, d_value, d_key_bias) = carry
         part = tiles.read_chunk(geometry, box, keys, lists, tables, c * chunk)
         logits, slope = tiles.scores(geometry, query, part.key, part.key_bias)
-        keep = tiles.broadcast_visible(geometry, part.visible) & seen
+        keep = part.visible & seen
         probs = jnp.where(keep, jnp.exp(logits - lse), 0)
         d_probs = matmul("thrd,thkd->thrk", d_out, part.value)
         d_logits = jnp.where(keep, probs * (d_probs - delta), 0)
-        d_product = (d_logits * slope * problem.scale).astype(geometry.matmul_dtype)
-        key = tiles.drop_unseen(geometry, keys, part.visible, part.key)
-        d_query = d_query + matmul("thrk,thkd->thrd", d_product, key)
+        # The slope of a logit that nobody sees may be NaN.
+        d_product = (jnp.where(keep, d_logits * slope, 0) * problem.scale).astype(geometry.matmul_dtype)
+        d_query = d_query + matmul("thrk,thkd->thrd", d_product, part.key)
         d_key = tiles.add_blocks(geometry, box, d_key, part.ids, matmul("thrk,thrd->thkd", d_product, query))
         probs = probs.astype(geometry.matmul_dtype)
         d_value = tiles.add_blocks(geometry, box, d_value, part.ids, matmul("thrk,thrd->thkd", probs, d_out))

@@ -44,17 +44,16 @@ def _attend_box(geometry, box, query, keys, lists, tables):
         row_max, row_sum, acc = carry
         part = tiles.read_chunk(geometry, box, keys, lists, tables, c * chunk)
         logits, _ = tiles.scores(geometry, query_rows, part.key, part.key_bias)
-        logits = tiles.where_visible(geometry, part.visible, logits, -jnp.inf)
+        logits = jnp.where(part.visible, logits, -jnp.inf)
         new_max = jnp.maximum(row_max, logits.max(-1, keepdims=True))
         shift = jnp.where(new_max == -jnp.inf, 0, new_max)
         probs = jnp.exp(logits - shift)
         rescale = jnp.exp(row_max - shift)
         row_sum = row_sum * rescale + probs.sum(-1, keepdims=True)
-        value = tiles.drop_unseen(geometry, keys, part.visible, part.value)
         product = jnp.einsum(
             "thrk,thkd->thrd",
             probs.astype(geometry.matmul_dtype),
-            value,
+            part.value,
             preferred_element_type=geometry.accumulator_dtype,
         )
         return new_max, row_sum, acc * rescale + product

@@ -5,8 +5,8 @@ import dataclasses
 from sparse_attn_jax.planning import TilePlan
 from sparse_attn_jax.problem import Problem
 
-# Scores held per step. 2 MiB of float32 stay in a CPU core's cache and keep two cores' matmuls busy.
-_MAX_STEP_SCORES = 2**19
+# Scores held per step. 1 MiB of float32 stay in a CPU core's cache and keep two cores' matmuls busy.
+_MAX_STEP_SCORES = 2**18
 _CHUNK_KEYS = 512
 
 

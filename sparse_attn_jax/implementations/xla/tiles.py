@@ -60,6 +60,11 @@ def make_geometry(problem: Problem, plan: TilePlan, config: Config) -> Geometry:
     return Geometry(problem, config, plan.tile_size, plan.row_group_tokens, plan.row_group_heads, num_tiles)
 
 
+def int32(*start: int | jax.Array) -> list[jax.Array]:
+    """Where a slice starts. Under x64, literals, loop counters and ids would otherwise differ in dtype."""
+    return [jnp.asarray(x, jnp.int32) for x in start]
+
+
 def locate(geometry: Geometry, index: jax.Array) -> Box:
     """The box of a flat loop index: tiles innermost, so that neighbouring steps share K and V."""
     boxes_of_tiles = geometry.num_tiles // geometry.config.tiles
@@ -81,7 +86,7 @@ def read_rows(geometry: Geometry, box: Box, x: jax.Array) -> jax.Array:
     """Rows of a box from x [batch, padded_q_len, num_q_heads, n]."""
     config, group_size = geometry.config, geometry.problem.group_size
     tokens, width = config.tiles * geometry.tile_size, x.shape[-1]
-    start = (box.batch, box.tile * geometry.tile_size, box.head * group_size, 0)
+    start = int32(box.batch, box.tile * geometry.tile_size, box.head * group_size, 0)
     rows = jax.lax.dynamic_slice(x, start, (1, tokens, config.heads * group_size, width))
     rows = rows.reshape(config.tiles, geometry.tile_size, config.heads, group_size, width).transpose(0, 2, 1, 3, 4)
     return rows.reshape(config.tiles, config.heads, geometry.tile_size * group_size, width)
@@ -93,7 +98,7 @@ def write_rows(geometry: Geometry, box: Box, x: jax.Array, rows: jax.Array) -> j
     tokens, width = config.tiles * geometry.tile_size, x.shape[-1]
     rows = rows.reshape(config.tiles, config.heads, geometry.tile_size, group_size, width).transpose(0, 2, 1, 3, 4)
     rows = rows.reshape(1, tokens, config.heads * group_size, width).astype(x.dtype)
-    return jax.lax.dynamic_update_slice(x, rows, (box.batch, box.tile * geometry.tile_size, box.head * group_size, 0))
+    return jax.lax.dynamic_update_slice(x, rows, int32(box.batch, box.tile * geometry.tile_size, box.head * group_size, 0))
 
 
 # ---- keys and values: [batch, num_kv_heads, num_kv_blocks + 1, kv_block_size, n]; the last block is where empty slots point
@@ -114,7 +119,7 @@ class KeyBlocks:
     key: jax.Array
     value: jax.Array
     key_bias: jax.Array | None
-    all_finite: jax.Array  # bool scalar, over keys and values
+    num_repairs: jax.Array  # int32 scalar: 1 if any key or value is not finite, else 0
 
     def blocks(self) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         return self.key, self.value, self.key_bias
@@ -126,7 +131,7 @@ def to_key_blocks(geometry: Geometry, operands: Operands) -> KeyBlocks:
         key=to_blocks(geometry, operands.key),
         value=to_blocks(geometry, operands.value),
         key_bias=None if bias is None else to_blocks(geometry, jnp.swapaxes(bias, 1, 2)[..., None]),
-        all_finite=jnp.isfinite(operands.key).all() & jnp.isfinite(operands.value).all(),
+        num_repairs=1 - (jnp.isfinite(operands.key).all() & jnp.isfinite(operands.value).all()).astype(jnp.int32),
     )
 
 
@@ -151,7 +156,7 @@ def read_blocks(geometry: Geometry, box: Box, x: jax.Array, ids: jax.Array) -> j
     if geometry.problem.platform != "cpu":
         return x[box.batch, head[:, None], ids].reshape(shape)
     slices = [
-        jax.lax.dynamic_slice(x, (box.batch, head[h], ids[t, h, c], 0, 0), (1, 1, 1, *x.shape[3:])).reshape(x.shape[3:])
+        jax.lax.dynamic_slice(x, int32(box.batch, head[h], ids[t, h, c], 0, 0), (1, 1, 1, *x.shape[3:])).reshape(x.shape[3:])
         for t in range(ids.shape[0])
         for h in range(ids.shape[1])
         for c in range(ids.shape[2])
@@ -169,9 +174,9 @@ def add_blocks(geometry: Geometry, box: Box, x: jax.Array, ids: jax.Array, updat
 
     def add(i, x):
         t, h, c = i // (num_heads * chunk), i // chunk % num_heads, i % chunk
-        start = (box.batch, box.head + h, ids[t, h, c], 0, 0)
+        start = int32(box.batch, box.head + h, ids[t, h, c], 0, 0)
         block = jax.lax.dynamic_slice(x, start, (1, 1, 1, *x.shape[3:]))
-        new = jax.lax.dynamic_slice(update, (t, h, c, 0, 0), (1, 1, 1, *x.shape[3:]))
+        new = jax.lax.dynamic_slice(update, int32(t, h, c, 0, 0), (1, 1, 1, *x.shape[3:]))
         return jax.lax.dynamic_update_slice(x, block + new, start)
 
     return jax.lax.fori_loop(0, ids.size, add, x)
@@ -265,7 +270,7 @@ def read_list(geometry: Geometry, box: Box, x: jax.Array, slot=None) -> jax.Arra
     sizes = [1, heads, geometry.config.tiles, *x.shape[3:]]
     if slot is not None:
         start[3], sizes[3] = slot, geometry.config.chunk
-    return jnp.swapaxes(jax.lax.dynamic_slice(x, start, sizes)[0], 0, 1)
+    return jnp.swapaxes(jax.lax.dynamic_slice(x, int32(*start), sizes)[0], 0, 1)
 
 
 # ---- what a row sees
@@ -362,14 +367,14 @@ def _read_tokens(geometry: Geometry, box: Box, x: jax.Array) -> jax.Array:
     """x [batch or 1, padded_q_len] -> [tiles, 1, tile_size, 1, 1, 1] of a box."""
     batch = box.batch if x.shape[0] > 1 else 0
     tokens = geometry.config.tiles * geometry.tile_size
-    x = jax.lax.dynamic_slice(x, (batch, box.tile * geometry.tile_size), (1, tokens))
+    x = jax.lax.dynamic_slice(x, int32(batch, box.tile * geometry.tile_size), (1, tokens))
     return x.reshape(geometry.config.tiles, 1, geometry.tile_size, 1, 1, 1)
 
 
 def _read_heads(geometry: Geometry, box: Box, x: jax.Array) -> jax.Array:
     """x [num_q_heads] -> [heads, 1, group_size, 1, 1] of a box."""
     group_size = geometry.problem.group_size
-    x = jax.lax.dynamic_slice(x, (box.head * group_size,), (geometry.config.heads * group_size,))
+    x = jax.lax.dynamic_slice(x, int32(box.head * group_size), (geometry.config.heads * group_size,))
     return x.reshape(geometry.config.heads, 1, group_size, 1, 1)
 
 
@@ -403,21 +408,31 @@ class Chunk:
     key: jax.Array  # [tiles, heads, keys, head_dim], keys = chunk * kv_block_size
     value: jax.Array  # [tiles, heads, keys, value_head_dim]
     key_bias: jax.Array | None  # [tiles, heads, keys]
-    visible: jax.Array  # see `visible`
+    visible: jax.Array  # bool [tiles, heads, rows, keys]
 
 
 def read_chunk(geometry: Geometry, box: Box, keys: KeyBlocks, lists: Lists, tables: MaskTables, slot: jax.Array) -> Chunk:
-    ids = read_list(geometry, box, lists.ids, slot)
+    # The barrier keeps XLA from computing the ids anew in each of the slices that use them.
+    ids = jax.lax.optimization_barrier(read_list(geometry, box, lists.ids, slot))
     bits = None if lists.membership is None else read_list(geometry, box, lists.membership, slot)
-    keep = visible(geometry, box, tables, ids, bits)
-    ids = jnp.broadcast_to(ids, (ids.shape[0], geometry.config.heads, ids.shape[2]))
+    all_ids = jnp.broadcast_to(ids, (ids.shape[0], geometry.config.heads, ids.shape[2]))
+    key, value = (read_blocks(geometry, box, x, all_ids).astype(geometry.matmul_dtype) for x in (keys.key, keys.value))
+
+    def drop_unseen(_, pair):
+        seen = visible(geometry, box, tables, ids, bits).any((2, 3))
+        seen = jnp.broadcast_to(seen, (*all_ids.shape, seen.shape[-1])).reshape(*all_ids.shape[:2], -1, 1)
+        return tuple(jnp.where(seen, x, 0) for x in pair)
+
+    # A key that no row of a tile sees must not turn into 0 * NaN. Rarely needed, and the reduction over rows is not free: a loop of
+    # no or one step costs nothing in the usual case, where a conditional would copy its operands.
+    key, value = jax.lax.fori_loop(0, keys.num_repairs, drop_unseen, (key, value))
     bias = keys.key_bias
     return Chunk(
-        ids=ids,
-        key=read_blocks(geometry, box, keys.key, ids).astype(geometry.matmul_dtype),
-        value=read_blocks(geometry, box, keys.value, ids).astype(geometry.matmul_dtype),
-        key_bias=None if bias is None else read_blocks(geometry, box, bias, ids)[..., 0],
-        visible=keep,
+        ids=all_ids,
+        key=key,
+        value=value,
+        key_bias=None if bias is None else read_blocks(geometry, box, bias, all_ids)[..., 0],
+        visible=broadcast_visible(geometry, visible(geometry, box, tables, ids, bits)),
     )
 
 
@@ -427,20 +442,3 @@ def broadcast_visible(geometry: Geometry, keep: jax.Array) -> jax.Array:
     box = (config.tiles, config.heads, geometry.tile_size, problem.group_size)
     keep = jnp.broadcast_to(keep, (*box, *keep.shape[-2:]))
     return keep.reshape(*box[:2], geometry.tile_size * problem.group_size, -1)
-
-
-def where_visible(geometry: Geometry, keep: jax.Array, x: jax.Array, otherwise: float) -> jax.Array:
-    return jnp.where(broadcast_visible(geometry, keep), x, otherwise)
-
-
-def drop_unseen(geometry: Geometry, keys: KeyBlocks, keep: jax.Array, x: jax.Array) -> jax.Array:
-    """x [tiles, heads, keys, n] with the keys that no row of a tile sees set to 0, so that 0 * NaN cannot arise.
-
-    Only where there is something to drop: the reduction over all rows is not free.
-    """
-
-    def drop():
-        seen = keep.any((2, 3)).reshape(keep.shape[0], keep.shape[1], -1, 1)
-        return jnp.where(seen, x, 0)
-
-    return jax.lax.cond(keys.all_finite, lambda: x, drop)
