@@ -1,0 +1,1 @@
+"""Measures the library side by side with its peers: `python -m benchmarks.run --help`."""
