@@ -126,14 +126,17 @@ def test_varlen_mask_is_one_mask_per_sequence():
 
 
 def test_oracle_is_short_and_imports_nothing_but_numpy():
-    tree = ast.parse(inspect.getsource(oracle))
+    source = inspect.getsource(oracle)
+    tree = ast.parse(source)
     imported = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
     assert imported == ["numpy"] and not any(isinstance(node, ast.ImportFrom) for node in ast.walk(tree))
+    docstrings = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.FunctionDef) and ast.get_docstring(node):
-            node.body[0] = ast.Pass(lineno=node.body[0].lineno, end_lineno=node.body[0].lineno)
-    lines = {line for node in ast.walk(tree) if isinstance(node, ast.stmt) for line in (node.lineno, node.end_lineno)}
-    assert len(lines) <= 60, len(lines)
+            docstrings |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    lines = enumerate(source.splitlines(), start=1)
+    code = [line for number, line in lines if number not in docstrings and line.strip() and line.strip()[0] != "#"]
+    assert len(code) <= 60
 
 
 def test_case_names_are_unique():

@@ -184,7 +184,7 @@ CASES = (
         name="sink_columns", special="two keys take nearly all weight", sink_strength=6.0, indices="realistic", num_slots=4,
         has_lse_gradient=True,
     ),
-    # Stronger sinks would exceed the error rule: sum(d_out * out) has the rounding error of a 16-bit out, times the sinks' keys.
+    # Stronger sinks would break the error rule: sum(d_out * out) has the rounding error of a 16-bit out, times the sinks' keys.
     Case(
         name="sink_columns_bf16", special="two keys take most weight", sink_strength=4.0, indices="realistic", num_slots=4,
         dtype="bfloat16",

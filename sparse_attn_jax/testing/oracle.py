@@ -5,8 +5,7 @@ import numpy as np
 
 def attention_mask(
     indices, *, batch, num_q_heads, q_len, kv_len, q_block_size, kv_block_size, is_causal=False, q_offset=None,
-    local_window_size=None, num_sinks=0, query_segment_ids=None, key_value_segment_ids=None, predicate=None,
-):  # fmt: skip
+    local_window_size=None, num_sinks=0, query_segment_ids=None, key_value_segment_ids=None, predicate=None):  # fmt: skip
     """Which key each query sees: bool [batch, num_q_heads, q_len, kv_len], from the op's arguments as the caller gave them."""
     j = np.arange(kv_len)
     selected = (np.asarray(indices, np.int64)[..., None] == j // kv_block_size).any(
@@ -23,13 +22,17 @@ def attention_mask(
             np.asarray(query_segment_ids)[:, None, :, None] == np.asarray(key_value_segment_ids)[:, None, None]
         )
     if predicate is not None:
-        batches, heads = np.arange(batch)[:, None, None, None], np.arange(num_q_heads)[:, None, None]
-        visible = visible & np.asarray(predicate(batches, heads, i, j))
+        visible = visible & np.asarray(predicate(*np.ogrid[:batch, :num_q_heads, :1, :1][:2], i, j))
     return np.broadcast_to(visible, (batch, num_q_heads, q_len, kv_len))
 
 
-def varlen_mask(indices, cu_seqlens_q, cu_seqlens_kv, *, num_q_heads, q_len, kv_len, q_block_size, q_offset=None, **options):
-    """The same for packed sequences, one after another: bool [1, num_q_heads, q_len, kv_len], False across sequences."""
+def varlen_mask(
+    indices, cu_seqlens_q, cu_seqlens_kv, *, num_q_heads, q_len, kv_len, q_block_size, q_offset=None, predicate=None, **options
+):
+    """The same for packed sequences, one after another: bool [1, num_q_heads, q_len, kv_len], False across sequences.
+
+    A predicate's batch is the number of the sequence.
+    """
     mask, row = np.zeros((1, num_q_heads, q_len, kv_len), bool), 0
     for n in range(len(cu_seqlens_q) - 1):
         q, kv = slice(*cu_seqlens_q[n : n + 2]), slice(*cu_seqlens_kv[n : n + 2])
@@ -37,6 +40,7 @@ def varlen_mask(indices, cu_seqlens_q, cu_seqlens_kv, *, num_q_heads, q_len, kv_
         num_rows = -(-lengths["q_len"] // q_block_size)
         lists = indices[:, :, row : row + num_rows] if indices.shape[0] == 1 else indices[n : n + 1]
         options["q_offset"] = q_offset if np.ndim(q_offset) == 0 else q_offset[n]
+        options["predicate"] = predicate and (lambda batch, *where, n=n: predicate(batch + n, *where))
         mask[:, :, q, kv] = attention_mask(
             lists, batch=1, num_q_heads=num_q_heads, q_block_size=q_block_size, **lengths, **options
         )
