@@ -1,0 +1,107 @@
+"""The decode cache: keys and values of the tokens so far, and their compressed keys, kept up to date token by token.
+
+A cache is a dict of arrays by the names of the module's cache variables:
+  cached_key             [batch, max_len, num_kv_heads, head_dim], rotated if the layer rotates; zeros where unfilled
+  cached_value           [batch, max_len, num_kv_heads, value_head_dim]
+  cache_index            int32 [], tokens stored so far, at most max_len
+  cached_compressed_key  [batch, num_units, num_kv_heads, head_dim], for selectors that score compressed keys
+  cached_coarse_key      [batch, num_coarse_units, num_kv_heads, head_dim], for those with a coarse softmax denominator
+"""
+
+import jax
+import jax.numpy as jnp
+
+from sparse_attn_jax.flax.options import Selector
+from sparse_attn_jax.scoring import compress_keys
+from sparse_attn_jax.scoring_problem import num_units
+from sparse_attn_jax.selection import BlockSelection, num_blocks
+from sparse_attn_jax.selectors import InfLLMV2
+
+CACHE_NAMES = ("cached_key", "cached_value", "cache_index", "cached_compressed_key", "cached_coarse_key")
+
+Cache = dict[str, jax.Array]
+
+
+def make_cache(selector: Selector, key: jax.ShapeDtypeStruct | jax.Array, value: jax.ShapeDtypeStruct | jax.Array) -> Cache:
+    """An empty cache for keys and values of these shapes, [batch, max_len, num_kv_heads, dim], and dtypes."""
+    batch, max_len, *rest = key.shape
+    cache = dict(
+        cached_key=jnp.zeros(key.shape, key.dtype),
+        cached_value=jnp.zeros(value.shape, value.dtype),
+        cache_index=jnp.zeros((), jnp.int32),
+    )
+    for name, sizes in unit_sizes(selector).items():
+        cache[name] = jnp.zeros((batch, num_units(max_len, *sizes), *rest), key.dtype)
+    return cache
+
+
+def unit_sizes(selector: Selector) -> dict[str, tuple[int, int]]:
+    """(kernel_size, kernel_stride) of the compressed keys that a selector can select from, by the name of their cache."""
+    if not isinstance(selector, InfLLMV2):
+        return {}
+    sizes = dict(cached_compressed_key=(selector.kernel_size, selector.kernel_stride))
+    if selector.coarse_lse:
+        sizes["cached_coarse_key"] = (selector.coarse_kernel_size, selector.coarse_kernel_stride)
+    return sizes
+
+
+def append_tokens(cache: Cache, selector: Selector, key: jax.Array, value: jax.Array) -> Cache:
+    """The cache with tokens appended; those beyond its capacity are dropped, and what it holds stays as it is.
+
+    Args:
+      cache: with room for max_len tokens, of which `cache_index` are filled.
+      selector: the one that the cache was made for.
+      key: [batch, num_new, num_kv_heads, head_dim].
+      value: [batch, num_new, num_kv_heads, value_head_dim].
+
+    Returns:
+      A new cache. Work is proportional to num_new, whatever max_len.
+    """
+    num_new, max_len = key.shape[1], cache["cached_key"].shape[1]
+    index = cache["cache_index"]
+    slots = index + jnp.arange(num_new, dtype=jnp.int32)
+    updated = dict(cache)
+    for name, new in (("cached_key", key), ("cached_value", value)):
+        updated[name] = cache[name].at[:, slots].set(new, mode="drop", unique_indices=True, indices_are_sorted=True)
+    for name, (size, stride) in unit_sizes(selector).items():
+        updated[name] = _update_units(cache[name], updated["cached_key"], index, num_new, size, stride)
+    updated["cache_index"] = jnp.minimum(index + num_new, max_len)
+    return updated
+
+
+def _update_units(
+    units: jax.Array, key: jax.Array, index: jax.Array, num_new: int, kernel_size: int, kernel_stride: int
+) -> jax.Array:
+    """Recomputes the units that `num_new` tokens from `index` on complete: at most one per stride, whatever the length.
+
+    Some of those recomputed may still lack tokens. They are computed again once they are complete, and until then
+    no query sees them.
+    """
+    count = min(num_blocks(num_new, kernel_stride), units.shape[1])
+    if count == 0:
+        return units
+    # The first unit whose last token is new; less where the last unit of the cache comes too soon.
+    first = jnp.clip((index - kernel_size) // kernel_stride + 1, 0, units.shape[1] - count)
+    num_tokens = (count - 1) * kernel_stride + kernel_size
+    tokens = jax.lax.dynamic_slice_in_dim(key, first * kernel_stride, num_tokens, axis=1)
+    fresh = compress_keys(tokens, kernel_size, kernel_stride)
+    return jax.lax.dynamic_update_slice_in_dim(units, fresh, first, axis=1)
+
+
+def select_cached(selector: Selector, query: jax.Array, cache: Cache, q_offset: jax.Array) -> BlockSelection:
+    """What the selector, causal, selects for queries that start at position `q_offset` of the cache.
+
+    Args:
+      selector: the one that the cache was made for.
+      query: [batch, q_len, num_heads, head_dim].
+      cache: with the queries' own tokens appended.
+      q_offset: int32 [].
+
+    Returns:
+      The selector's `BlockSelection`.
+    """
+    key = cache["cached_key"]
+    if not unit_sizes(selector):
+        return selector(query, key, is_causal=True, q_offset=q_offset)
+    units = cache["cached_compressed_key"], cache.get("cached_coarse_key")
+    return selector.select(query, *units, kv_len=key.shape[1], is_causal=True, q_offset=q_offset)
