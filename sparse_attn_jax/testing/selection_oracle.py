@@ -24,6 +24,7 @@ def score(
     group = num_q_heads // compressed.shape[2]
     scale = head_dim**-0.5 if scale is None else scale
     num_blocks = -(-kv_len // block_size)
+    shared = shared_tokens(compressed.shape[1], kernel, block_size, num_blocks)
     scores = np.full((batch, num_q_heads // (group if reduction else 1), q_len, num_blocks), -np.inf)
     for b, h, i in np.ndindex(batch, compressed.shape[2], q_len):
         last_visible = positions[b, i] + visibility_shift if causal else kv_len
@@ -41,7 +42,7 @@ def score(
         if reduction is not None:
             probability = getattr(np, reduction)(probability, axis=0, keepdims=True)
         rows = slice(h * len(probability), (h + 1) * len(probability))
-        scores[b, rows, i] = pool(probability, seen, kernel, block_size, num_blocks, pooling)
+        scores[b, rows, i] = pool(probability, shared[:, seen], kernel[1], pooling)
     return scores
 
 
@@ -50,19 +51,22 @@ def visible_units(count: int, kernel: tuple[int, int], last_visible: int) -> np.
     return np.array([unit for unit in range(count) if unit * stride + size - 1 <= last_visible], int)
 
 
-def pool(probability, seen, kernel, block_size, num_blocks, pooling) -> np.ndarray:
-    """[heads, units seen] to [heads, num_blocks], by counting the tokens that a unit and a block share."""
+def shared_tokens(count: int, kernel: tuple[int, int], block_size: int, num_blocks: int) -> np.ndarray:
+    """int [num_blocks, count]: how many tokens a block and a unit have in common."""
     size, stride = kernel
-    pooled = np.full((probability.shape[0], num_blocks), -np.inf)
-    for block in range(num_blocks):
-        tokens = set(range(block * block_size, (block + 1) * block_size))
-        shared = np.array([len(tokens & set(range(unit * stride, unit * stride + size))) for unit in seen])
-        if not shared.any():
-            continue
+    units = [set(range(unit * stride, unit * stride + size)) for unit in range(count)]
+    blocks = [set(range(block * block_size, (block + 1) * block_size)) for block in range(num_blocks)]
+    return np.array([[len(block & unit) for unit in units] for block in blocks], int).reshape(num_blocks, count)
+
+
+def pool(probability: np.ndarray, shared: np.ndarray, stride: int, pooling: str) -> np.ndarray:
+    """[heads, units seen] to [heads, num_blocks], by the tokens that each block shares with each unit seen."""
+    pooled = np.full((probability.shape[0], shared.shape[0]), -np.inf)
+    for block in np.flatnonzero(shared.any(axis=1)):
         if pooling == "max":
-            pooled[:, block] = probability[:, shared > 0].max(axis=1)
+            pooled[:, block] = probability[:, shared[block] > 0].max(axis=1)
         else:
-            pooled[:, block] = probability @ (shared / stride)
+            pooled[:, block] = probability @ (shared[block] / stride)
     return pooled
 
 

@@ -21,7 +21,7 @@ MIN_CHUNK, MAX_CHUNK = 32, 512
 # A causal chunk reads the shortest of these equal steps of the keys that covers it. 4 waste 1/8 of the work (4% of the time at
 # 32,768 tokens, against 8) and compile in half the time.
 NUM_BUCKETS = 4
-MIN_BUCKET_BLOCKS = 4
+MIN_BUCKET_KEYS = 1024
 
 
 @functools.partial(jax.jit, static_argnames=("problem", "queries_per_chunk", "num_buckets"))
@@ -87,7 +87,7 @@ def _key_limits(problem: ScoringProblem, num_buckets: int | None) -> list[int]:
         return [problem.kv_len]
     blocks = num_blocks(problem.kv_len, problem.block_size)
     if num_buckets is None:
-        num_buckets = max(1, min(NUM_BUCKETS, blocks // MIN_BUCKET_BLOCKS))
+        num_buckets = max(1, min(NUM_BUCKETS, problem.kv_len // MIN_BUCKET_KEYS))
     steps = {num_blocks(blocks * (step + 1), num_buckets) * problem.block_size for step in range(num_buckets)}
     return sorted({min(step, problem.kv_len) for step in steps})
 
