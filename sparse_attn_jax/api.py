@@ -42,12 +42,13 @@ def block_sparse_attention(
 
     Args:
       query: [batch, q_len, num_q_heads, head_dim], float16, bfloat16, float32 or float64.
-      key: [batch, kv_len, num_kv_heads, head_dim], dtype of query. Query head h reads KV head h // (num_q_heads // num_kv_heads).
+      key: [batch, kv_len, num_kv_heads, head_dim], dtype of query. Query head h reads KV head
+        h // (num_q_heads // num_kv_heads).
       value: [batch, kv_len, num_kv_heads, value_head_dim], dtype of query.
       selection: the blocks to attend, or a plan of them made by `plan_attention` for these sizes.
       is_causal: query i sees key j only if j <= i + q_offset. Default: False.
-      local_window_size: (left, right): query i sees key j only if i - left <= j - q_offset <= i + right. Each an int of at least
-        0, an int32 array [num_q_heads], or None for no bound; a single int is both. Default: no window.
+      local_window_size: (left, right): query i sees key j only if i - left <= j - q_offset <= i + right. Each an int of at
+        least 0, an int32 array [num_q_heads], or None for no bound; a single int is both. Default: no window.
       num_sinks: the first keys, visible whatever the window says (causality and segments still hold). An int or int32
         [num_q_heads]. Default: 0.
       q_offset: position of query 0 among the keys: an int, or an integer array [] or [batch]. Default: kv_len - q_len.
@@ -57,8 +58,8 @@ def block_sparse_attention(
       scale: multiplies query . key. Default: head_dim ** -0.5.
       logits_soft_cap: c > 0 replaces a scaled logit s by c * tanh(s / c). Default: no cap.
       return_residual: also return lse.
-      implementation: "xla", "mosaic" or "cuda", or a sequence of them to try in order. Default: the first that can run this call;
-        `explain` tells which and why.
+      implementation: "xla", "mosaic" or "cuda", or a sequence of them to try in order. Default: the first that can run this
+        call; `explain` tells which and why.
 
     Returns:
       out [batch, q_len, num_q_heads, value_head_dim], dtype of query; with `return_residual`, (out, lse) where lse
@@ -81,7 +82,9 @@ def block_sparse_attention(
         out, lse = _empty(problem)
     else:
         plan = selection if isinstance(selection, TilePlan) else _plan(problem, selection)
-        mask = _token_mask(problem, local_window_size, num_sinks, q_offset, query_segment_ids, key_value_segment_ids, plan.predicate)
+        mask = _token_mask(
+            problem, local_window_size, num_sinks, q_offset, query_segment_ids, key_value_segment_ids, plan.predicate
+        )
         out, lse = attention.attend(name, problem, Operands(query, key, value, key_bias), plan, mask)
     return (out, lse) if return_residual else out
 
@@ -110,12 +113,12 @@ def block_sparse_attention_varlen(
       query: [q_tokens, num_q_heads, head_dim].
       key: [kv_tokens, num_kv_heads, head_dim].
       value: [kv_tokens, num_kv_heads, value_head_dim].
-      selection: ids local to each sequence. Either the rows of all sequences one after another, [1, heads, rows, num_slots] with
-        ceil(length / q_block_size) rows per sequence (rows past the last are ignored, missing rows select nothing), or one batch
-        row per sequence, [num_sequences, heads, ceil(max_q_len / q_block_size), num_slots].
+      selection: ids local to each sequence. Either the rows of all sequences one after another, [1, heads, rows, num_slots]
+        with ceil(length / q_block_size) rows per sequence (rows past the last are ignored, missing rows select nothing), or
+        one batch row per sequence, [num_sequences, heads, ceil(max_q_len / q_block_size), num_slots].
       cu_seqlens_q: int32 [num_sequences + 1], where each sequence's queries start, and the end. Tokens outside are in no
-        sequence: out 0, lse -inf. Values are not checked: one outside [0, q_tokens] is clipped, and one below its predecessor is
-        raised to it (an empty sequence); nothing is ever read out of bounds.
+        sequence: out 0, lse -inf. Values are not checked: one outside [0, q_tokens] is clipped, and one below its predecessor
+        is raised to it (an empty sequence); nothing is ever read out of bounds.
       cu_seqlens_kv: int32 [num_sequences + 1], the same for keys.
       is_causal, local_window_size, num_sinks: as in `block_sparse_attention`, counted within each sequence.
       q_offset: position of each sequence's query 0 among its keys: an int or an integer array [] or [num_sequences]. Default:
@@ -306,7 +309,9 @@ def _per_head(problem: Problem, x: int | jax.Array | None) -> jax.Array | None:
     return None if x is None else jnp.broadcast_to(jnp.asarray(x, jnp.int32), (problem.num_q_heads,))
 
 
-def _window_arrays(problem: Problem, local_window_size: Window | None, num_sinks: int | jax.Array) -> dict[str, jax.Array | None]:
+def _window_arrays(
+    problem: Problem, local_window_size: Window | None, num_sinks: int | jax.Array
+) -> dict[str, jax.Array | None]:
     if local_window_size is None:
         return {}  # sinks are exceptions to a window
     left, right = (local_window_size,) * 2 if isinstance(local_window_size, int) else local_window_size
@@ -314,7 +319,9 @@ def _window_arrays(problem: Problem, local_window_size: Window | None, num_sinks
     return dict(window_left=_per_head(problem, left), window_right=_per_head(problem, right), num_sinks=sinks)
 
 
-def _token_mask(problem, local_window_size, num_sinks, q_offset, query_segment_ids, key_value_segment_ids, predicate) -> TokenMask:
+def _token_mask(
+    problem, local_window_size, num_sinks, q_offset, query_segment_ids, key_value_segment_ids, predicate
+) -> TokenMask:
     offset = problem.kv_len - problem.q_len if q_offset is None else q_offset
     offset = jnp.asarray(offset, jnp.int32).reshape(-1, 1)  # [batch or 1, 1]
     return TokenMask(

@@ -25,8 +25,8 @@ class TilePlan:
     Attributes:
       blocks: int32 [batch or 1, heads, num_tiles, capacity], heads in {1, num_kv_heads}; ascending unique ids, then -1.
       counts: int32 [batch or 1, heads, num_tiles], number of ids in each list.
-      membership: uint32 [batch or 1, heads, num_tiles, capacity, num_words]; bit r % 32 of word r // 32 tells whether row group r
-        chose the block. `None` when a tile is a single row group: then every listed block belongs to all rows.
+      membership: uint32 [batch or 1, heads, num_tiles, capacity, num_words]; bit r % 32 of word r // 32 tells whether row
+        group r chose the block. `None` when a tile is a single row group: then every listed block belongs to all rows.
       inverse_offsets: int32 [batch or 1, heads, num_kv_blocks + 1], CSR offsets into the two arrays below; `None` if not built.
       inverse_tiles: int32 [batch or 1, heads, num_tiles * capacity], ascending tile ids of each block's list.
       inverse_slots: int32, as `inverse_tiles`: where the block stands in that tile's list (to look up its membership).
@@ -149,7 +149,7 @@ def _lists_of_tiles(
 
 
 def _union(lists: jax.Array, num_kv_blocks: int) -> tuple[jax.Array, jax.Array | None]:
-    """Ascending unique ids of each tile's lists, -1 padded, and their membership bits. lists: [batch, heads, tiles, groups, slots]."""
+    """Ascending unique ids of lists [batch, heads, tiles, row groups, slots] by tile, -1 padded, and their membership bits."""
     num_groups, num_slots = lists.shape[-2:]
     capacity = min(num_groups * num_slots, num_kv_blocks)
     valid = (lists >= 0) & (lists < num_kv_blocks)

@@ -21,8 +21,8 @@ class BlockSelection:
         order; -1 is an empty slot anywhere in a row, a duplicate counts once, an id outside [0, num_kv_blocks) is ignored.
       q_block_size: query tokens per row of `indices`, counted from query 0; 1 is a list per token.
       kv_block_size: key tokens per block id, counted from key 0.
-      predicate: `None`, or a callable pytree `predicate(batch, head, q_position, kv_position) -> bool` that is applied on top of
-        the token mask, for selections that are exact below block size. It receives int32 arrays that broadcast together
+      predicate: `None`, or a callable pytree `predicate(batch, head, q_position, kv_position) -> bool` that is applied on top
+        of the token mask, for selections that are exact below block size. It receives int32 arrays that broadcast together
         (positions are absolute) and must work elementwise.
     """
 
@@ -33,9 +33,7 @@ class BlockSelection:
     predicate: Any = None
 
     @classmethod
-    def from_block_mask(
-        cls, mask: jax.Array, *, q_block_size: int, kv_block_size: int, num_slots: int | None = None
-    ) -> Self:
+    def from_block_mask(cls, mask: jax.Array, *, q_block_size: int, kv_block_size: int, num_slots: int | None = None) -> Self:
         """Builds a selection from a boolean block mask.
 
         Args:

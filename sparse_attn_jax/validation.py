@@ -47,9 +47,7 @@ def check_qkv(query: Any, key: Any, value: Any, *, packed: bool = False) -> None
     require(query.shape[-2] % num_kv_heads == 0, "query", query, needed)
 
 
-def check_selection(
-    selection: BlockSelection, *, batch: int, q_len: int | None, num_q_heads: int, num_kv_heads: int
-) -> None:
+def check_selection(selection: BlockSelection, *, batch: int, q_len: int | None, num_q_heads: int, num_kv_heads: int) -> None:
     """Shape and dtype of a selection's indices. `q_len=None` leaves the number of rows alone."""
     check_block_sizes(selection.q_block_size, selection.kv_block_size)
     indices = selection.indices

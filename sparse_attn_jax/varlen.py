@@ -1,8 +1,8 @@
 """Packed sequences of different lengths as one row of a dense problem.
 
-Keys are moved so that each sequence starts at a whole KV block, and queries, if lists are per query block, so that each starts at
-a whole query block. Then ids local to a sequence become ids of the packed row by adding the sequence's first block, sequences are
-kept apart by segment ids, and positions count within each sequence.
+Keys are moved so that each sequence starts at a whole KV block, and queries, if lists are per query block, so that each starts
+at a whole query block. Then ids local to a sequence become ids of the packed row by adding the sequence's first block,
+sequences are kept apart by segment ids, and positions count within each sequence.
 """
 
 import dataclasses
@@ -109,7 +109,7 @@ def pack_selection(selection: BlockSelection, q_packing: Packing, kv_packing: Pa
 
 
 def num_rows(selection: BlockSelection, num_tokens: int, num_sequences: int) -> int:
-    """Query blocks of the packed row: the selection's own rows, or enough for any lengths if it has one batch row per sequence."""
+    """Query blocks of the packed row: the selection's own rows, or enough for any lengths if it has a batch row per sequence."""
     if is_per_sequence(selection, num_sequences):
         return num_tokens if selection.q_block_size == 1 else num_tokens // selection.q_block_size + num_sequences
     return selection.indices.shape[2]

@@ -36,7 +36,7 @@ def forward(problem: Problem, operands: Operands, plan: TilePlan, mask: TokenMas
 
 
 def _attend_box(geometry, box, query, keys, lists, tables):
-    """out [tiles, heads, rows, value_head_dim] and lse [tiles, heads, rows, 1] of one box, by online softmax over its chunks."""
+    """out [tiles, heads, rows, value_head_dim] and lse [..., 1] of one box, by online softmax over its chunks."""
     problem, chunk = geometry.problem, geometry.config.chunk
     query_rows = tiles.read_rows(geometry, box, query).astype(geometry.matmul_dtype)
 

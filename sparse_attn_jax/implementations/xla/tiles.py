@@ -423,8 +423,8 @@ def read_chunk(geometry: Geometry, box: Box, keys: KeyBlocks, lists: Lists, tabl
         seen = jnp.broadcast_to(seen, (*all_ids.shape, seen.shape[-1])).reshape(*all_ids.shape[:2], -1, 1)
         return tuple(jnp.where(seen, x, 0) for x in pair)
 
-    # A key that no row of a tile sees must not turn into 0 * NaN. Rarely needed, and the reduction over rows is not free: a loop of
-    # no or one step costs nothing in the usual case, where a conditional would copy its operands.
+    # A key that no row of a tile sees must not turn into 0 * NaN. Rarely needed, and the reduction over rows is not free: a
+    # loop of no or one step costs nothing in the usual case, where a conditional would copy its operands.
     key, value = jax.lax.fori_loop(0, keys.num_repairs, drop_unseen, (key, value))
     bias = keys.key_bias
     return Chunk(
