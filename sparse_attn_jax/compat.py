@@ -8,8 +8,11 @@ def vary_like(x: jax.Array, like) -> jax.Array:
 
     Inside `shard_map` the carry of a loop must enter with the type that it leaves with; outside it this does nothing.
     """
-    axes = frozenset().union(*(getattr(jax.typeof(leaf), "vma", frozenset()) for leaf in jax.tree.leaves(like)))
-    missing = tuple(axes - getattr(jax.typeof(x), "vma", frozenset()))
-    if not missing:
-        return x
-    return jax.lax.pcast(x, missing, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary(x, missing)
+    axes = frozenset().union(*map(varying_axes, jax.tree.leaves(like)))
+    missing = tuple(axes - varying_axes(x))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def varying_axes(x: jax.Array) -> frozenset[str]:
+    """The mesh axes over which x differs between devices, inside `shard_map`."""
+    return jax.typeof(x).manual_axis_type.varying
