@@ -84,11 +84,11 @@ class Selector:
         query, key = made.operands["query"], made.operands["key"]
         options = {name: made.options[name] for name in ("is_causal", "q_offset") if name in made.options}
         compiled = jax.jit(lambda query, key: workload.selector(query, key, **options).indices).lower(query, key).compile()
-        return Prepared(
-            call=lambda: jax.block_until_ready(compiled(query, key)) and None,
-            results=lambda d_out: dict(indices=compiled(query, key)),
-            memory_bytes=memory_of(compiled),
-        )
+
+        def call():
+            jax.block_until_ready(compiled(query, key))
+
+        return Prepared(call, lambda d_out: dict(indices=compiled(query, key)), memory_of(compiled))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ Examples:
     python -m benchmarks.run --preset=readme --json=readme.json
 
     # Blocks of queries, forward only, against flex_attention.
-    python -m benchmarks.run --q_len=8192 --num_q_heads=4 --num_kv_heads=4 --q_block_size=64 --num_slots=8 \
+    python -m benchmarks.run --q_len=8192 --num_q_heads=4 --num_kv_heads=4 --q_block_size=64 --num_slots=8 \\
         --generator=local --mode=forward --baselines=torch-flex,torch-sdpa
 
     # How time grows with the length, as numbers and as a figure.
@@ -30,7 +30,7 @@ Memory at long context, without running anything: python -m benchmarks.memory
 
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 
 import sparse_attn_jax as sa
 from benchmarks import machine, memory, plot, report
@@ -176,5 +176,6 @@ def exit_status(outcomes: list[Outcome]) -> int:
 
 
 if __name__ == "__main__":
-    FLAGS.set_default("verbosity", -1)  # warnings: JAX and matplotlib log what they look for
+    # JAX and matplotlib log what they look for.
+    logging.set_verbosity(logging.WARNING)
     app.run(main)

@@ -63,13 +63,21 @@ class TorchFlex:
     def prepare(self, workload: Workload, made: Inputs, mode: str) -> Prepared:
         torch = import_torch()
         contenders.refuse_unsupported(made)
-        flex_attention = torch.compile(torch.nn.attention.flex_attention.flex_attention, dynamic=False)
+        if mode == contenders.FORWARD_BACKWARD and torch_device() == "cpu":
+            raise NotImplementedError("flex_attention has no backward pass on a CPU")
+        # With fullgraph a failure to compile is an error, never a silent fall back to dense attention.
+        flex_attention = torch.compile(torch.nn.attention.flex_attention.flex_attention, dynamic=False, fullgraph=True)
         block_mask = make_block_mask(torch, made)
 
         def attend(query, key, value):
             return flex_attention(query, key, value, block_mask=block_mask, scale=made.options.get("scale"), enable_gqa=True)
 
-        return prepare_torch(torch, attend, made, mode)
+        try:
+            return prepare_torch(torch, attend, made, mode)
+        except RuntimeError:
+            # torch remembers the failure, and would run every later call of flex_attention without compiling it.
+            torch.compiler.reset()
+            raise
 
 
 def import_torch() -> Any:

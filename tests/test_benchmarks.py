@@ -1,0 +1,258 @@
+"""The benchmark command line at tiny sizes: what it prints and writes, and that it refuses to time a wrong result."""
+
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+import sparse_attn_jax as sa
+from benchmarks import checks, memory, presets, report, run, timing, workloads
+from benchmarks.measure import TIMED, UNAVAILABLE, WRONG, Outcome, Row
+from sparse_attn_jax.testing import compare
+from sparse_attn_jax.testing.cases import CASES, case_named
+from sparse_attn_jax.testing.inputs import make_inputs
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = ["--repeats=2", "--matmul_size=64"]
+SMALL = ["--q_len=128", "--num_q_heads=2", "--num_kv_heads=1", "--head_dim=16", "--kv_block_size=16", "--num_slots=4", *QUICK]
+HAS_TORCH = importlib.util.find_spec("torch") is not None
+MODES = ("forward", "forward_backward")
+attend = sa.block_sparse_attention
+
+
+def run_cli(tmp_path, *arguments) -> tuple[int, dict]:
+    """Exit status and JSON of the command line, in this process."""
+    path = tmp_path / "found.json"
+    with flagsaver.flagsaver():
+        flags.FLAGS(["run", *arguments, f"--json={path}"])
+        status = run.main(["run"])
+    return status, json.loads(path.read_text())
+
+
+def rows_of(data: dict) -> list[dict]:
+    return [row for section in data["sections"] for workload in section["workloads"] for row in workload["rows"]]
+
+
+def by_name(data: dict) -> dict[tuple[str, str], dict]:
+    return {(row["contender"], row["mode"]): row for row in rows_of(data)}
+
+
+def test_every_contender_has_its_line(tmp_path, capsys):
+    status, data = run_cli(tmp_path, *SMALL, "--baselines=dense-xla,dense-cudnn,torch-sdpa")
+    assert status == 0
+    rows = by_name(data)
+    assert set(rows) == {(name, mode) for name in ("xla", "dense-xla", "dense-cudnn", "torch-sdpa") for mode in MODES}
+    assert [rows["xla", mode]["status"] for mode in MODES] == [TIMED, TIMED]
+    assert "needs a GPU" in rows["dense-cudnn", "forward"]["reason"]
+    torch_row = rows["torch-sdpa", "forward"]
+    assert torch_row["status"] == TIMED if HAS_TORCH else "not installed" in torch_row["reason"]
+    printed = capsys.readouterr().out
+    assert "cannot run: cuDNN needs a GPU" in printed and "x dense-xla" in printed and "takes" in printed
+    assert jax.__version__ in printed and "seed 0" in printed
+
+
+def test_json_has_its_schema(tmp_path):
+    _, data = run_cli(tmp_path, *SMALL, "--q_len=64,128", "--baselines=dense-xla", "--seed=3", "--mode=forward")
+    assert set(data) == {"schema", "machine", "seed", "sections", "memory"} and data["schema"] == report.SCHEMA
+    assert data["seed"] == 3 and {"device", "cores", "jax", "jaxlib", "torch", "platform"} <= set(data["machine"])
+    (section,) = data["sections"]
+    assert any("per doubling" in line for line in section["summaries"])
+    assert [workload["case"]["q_len"] for workload in section["workloads"]] == [64, 128]
+    for row in rows_of(data):
+        assert set(row) == {field.name for field in dataclasses.fields(Row)}
+        assert 0 < row["p10_ms"] <= row["median_ms"] <= row["p90_ms"] and row["repeats"] == 2
+        assert row["useful_tflops"] > 0 and row["percent_of_matmul"] > 0 and row["peak_memory_bytes"] > 0
+        assert set(row["ratios"]) == {"dense-xla"}
+
+
+@pytest.mark.parametrize("case", ["everything", "group4_fp16", "odd_prefix", "float64"])
+def test_named_cases_run(tmp_path, case):
+    status, data = run_cli(tmp_path, f"--cases={case}", "--baselines=dense-xla", *QUICK)
+    rows = by_name(data)
+    assert status == 0 and [rows["xla", mode]["status"] for mode in MODES] == [TIMED, TIMED]
+    assert rows["dense-xla", "forward"]["status"] == (UNAVAILABLE if case in ("everything", "float64") else TIMED)
+
+
+def test_selection_is_timed_beside_attention(tmp_path):
+    arguments = ["--op=both", "--q_len=300", "--num_slots=5", "--baselines=", "--generator=realistic", *QUICK]
+    status, data = run_cli(tmp_path, *arguments)
+    assert status == 0
+    assert set(by_name(data)) == {("InfLLMV2 xla", "forward"), ("xla", "forward"), ("xla", "forward_backward")}
+    assert any("attention it selects for" in line for line in data["sections"][0]["summaries"])
+
+
+def test_implementation_that_cannot_run_says_why(tmp_path):
+    status, data = run_cli(tmp_path, *SMALL, "--implementations=cuda", "--baselines=", "--mode=forward")
+    (row,) = rows_of(data)
+    assert status == 1 and row["status"] == UNAVAILABLE and "cuda" in row["reason"] and row["median_ms"] is None
+
+
+def test_dense_baseline_stops_at_its_length(tmp_path):
+    _, data = run_cli(tmp_path, *SMALL, "--baselines=dense-xla", "--dense_max_len=64", "--mode=forward")
+    assert "--dense_max_len=64" in by_name(data)["dense-xla", "forward"]["reason"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
+def test_plot_is_written(tmp_path):
+    path = tmp_path / "figure.png"
+    run_cli(tmp_path, *SMALL, "--q_len=64,128", "--baselines=", f"--plot={path}")
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def shifted_causality(query, key, *arguments, **options):
+    return attend(query, key, *arguments, **options | dict(q_offset=key.shape[1] - query.shape[1] + 1))
+
+
+def dropped_block(*arguments, selection, **options):
+    return attend(*arguments, selection=dataclasses.replace(selection, indices=selection.indices[..., :-1]), **options)
+
+
+def wrong_last_query(*arguments, **options):
+    return attend(*arguments, **options).at[:, -1].mul(1.01)
+
+
+def wrong_gradient(query, key, value, **options):
+    key = key + 0.01 * (key - jax.lax.stop_gradient(key))  # the gradient of key is 1% too large
+    return attend(query, key, value, **options)
+
+
+def not_a_number(*arguments, **options):
+    return attend(*arguments, **options).at[0, 0].set(jnp.nan)
+
+
+WRONG_ATTENTION = [shifted_causality, dropped_block, wrong_last_query, wrong_gradient, not_a_number]
+
+
+@pytest.mark.parametrize("is_sampled", [False, True], ids=["all_rows", "sampled_rows"])
+@pytest.mark.parametrize("wrong", WRONG_ATTENTION)
+def test_wrong_attention_is_not_timed(tmp_path, monkeypatch, capsys, wrong, is_sampled):
+    monkeypatch.setattr(sa, "block_sparse_attention", lambda query, key, value, **options: wrong(query, key, value, **options))
+    if is_sampled:
+        monkeypatch.setattr(checks, "MAX_REFERENCE_SCORES", 2**12)
+    status, data = run_cli(tmp_path, *SMALL, "--baselines=", "--mode=forward_backward", "--generator=local")
+    (row,) = rows_of(data)
+    assert status == 1 and row["status"] == WRONG and row["median_ms"] is None and row["repeats"] == 0
+    assert "error" in row["reason"] or "special values" in row["reason"]
+    captured = capsys.readouterr()
+    assert "WRONG: " in captured.out and "WRONG: " in captured.err
+
+
+def test_wrong_baseline_is_not_timed_and_the_others_are(tmp_path, monkeypatch):
+    dense = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *x, is_causal, **y: dense(*x, is_causal=False, **y))
+    status, data = run_cli(tmp_path, *SMALL, "--baselines=dense-xla", "--mode=forward")
+    rows = by_name(data)
+    assert status == 1 and rows["dense-xla", "forward"]["status"] == WRONG and rows["xla", "forward"]["status"] == TIMED
+    assert rows["xla", "forward"]["ratios"] == {}
+
+
+@pytest.mark.parametrize("change", ["shifted", "swapped", "dropped"])
+def test_wrong_selection_is_not_timed(tmp_path, monkeypatch, change):
+    select = sa.selectors.InfLLMV2.__call__
+
+    def wrong(self, query, key, **options):
+        selection = select(self, query, key, **options)
+        indices = dict(
+            shifted=jnp.where(selection.indices < 0, -1, selection.indices + 1),
+            swapped=jnp.roll(selection.indices, 1, axis=2),
+            dropped=selection.indices.at[..., 0].set(-1),
+        )[change]
+        return dataclasses.replace(selection, indices=indices)
+
+    monkeypatch.setattr(sa.selectors.InfLLMV2, "__call__", wrong)
+    status, data = run_cli(tmp_path, "--op=selection", "--q_len=600", "--num_slots=5", *QUICK)
+    (row,) = rows_of(data)
+    assert status == 1 and row["status"] == WRONG and row["median_ms"] is None
+
+
+@pytest.mark.skipif(not HAS_TORCH, reason="needs torch")
+@pytest.mark.parametrize("q_block_size", [1, 64])
+def test_torch_flex_computes_the_same(tmp_path, q_block_size):
+    sizes = [f"--q_block_size={q_block_size}", "--q_len=200", "--kv_block_size=64", "--num_slots=2"]
+    status, data = run_cli(tmp_path, *SMALL, *sizes, "--baselines=torch-flex", "--mode=forward")
+    row = by_name(data)["torch-flex", "forward"]
+    # A machine without a compiler cannot run it, and says so; a wrong result would be an error.
+    assert status == 0 and row["status"] in (TIMED, UNAVAILABLE), row
+
+
+def test_help_explains_every_flag():
+    command = [sys.executable, "-m", "benchmarks.run", "--help"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    defined = flags.FLAGS.flags_by_module_dict()
+    names = {flag.name for module, found in defined.items() if module.endswith("benchmarks.run") for flag in found}
+    assert len(names) > 20 and "Examples:" in result.stdout
+    assert [name for name in names if f"--{name}:" not in result.stdout and f"--[no]{name}:" not in result.stdout] == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--baselines=fast"], ["--implementations=fast"], ["--cases=nothing"], ["--q_len=0"], ["--q_len=x"], ["--op=fly"]],
+    ids=" ".join,
+)
+def test_bad_flag_is_refused(arguments):
+    with flagsaver.flagsaver(), pytest.raises(flags.IllegalFlagValueError):
+        flags.FLAGS(["run", *arguments])
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.dtype == "float32"], ids=lambda case: case.name)
+def test_pairs_are_counted_from_lists(case):
+    made = make_inputs(case)
+    assert workloads.count_pairs(made, "selected") == compare.mask_of(made).sum()
+
+
+def test_pairs_of_everything():
+    made = make_inputs(case_named("odd_prefix"))
+    every_block = np.arange(100)[None, None, None]
+    mask = compare.mask_of(made, indices=every_block, q_block_size=1000)
+    assert workloads.count_pairs(made, "everything") == mask.sum()
+
+
+@pytest.mark.parametrize("name", ["everything", "odd_prefix_blocks", "predicate", "q_offset_per_row", "segments_q_kv"])
+def test_mask_of_sampled_rows(name):
+    made = make_inputs(case_named(name))
+    rows = np.array([0, 7, made.d_out.shape[1] - 1])
+    np.testing.assert_array_equal(checks.mask_of_rows(made, rows, is_dense=False), compare.mask_of(made)[:, :, rows])
+
+
+def test_contenders_take_turns():
+    order = []
+    calls = {name: lambda name=name: order.append(name) or timing.time.sleep(3e-3) for name in "abc"}
+    samples = timing.time_interleaved(calls, repeats=3, seconds=60, title="turns")
+    assert {name: len(times) for name, times in samples.items()} == dict(a=3, b=3, c=3)
+    assert "".join(order[6:]) == "abcbcacab"  # after two calls each: a warm-up, and the number of calls per sample
+    samples = timing.time_interleaved(calls, repeats=50, seconds=0, title="turns")
+    assert {len(times) for times in samples.values()} == {timing.MIN_ROUNDS}
+
+
+def test_growth_is_per_doubling():
+    def outcome(q_len, ms):
+        row = Row(f"{q_len}", q_len, q_len, "attention", "forward", "xla", "implementation", median_ms=ms)
+        case = workloads.sized_case(seed=0, q_len=q_len, kv_len=None)
+        return Outcome(workloads.Workload(case), [row], None, 1.0)
+
+    (line,) = report.summarize([outcome(1024, 1.0), outcome(4096, 9.0), outcome(8192, 18.0)])
+    assert "3.00x, 2.00x over 1,024, 4,096, 8,192 tokens (most: 3.00x)" in line
+
+
+def test_memory_is_analyzed_without_running():
+    sizes = dict(num_q_heads=4, num_kv_heads=1, head_dim=16, num_slots=4, block_size=16)
+    found = memory.analyze_all((256, 512), **sizes)
+    assert found[1]["results_bytes"] == 2 * found[0]["results_bytes"] and found[0]["temporary_bytes"] > 0
+    assert "512" in memory.format_memory(found)
+
+
+def test_readme_preset_has_its_sections():
+    sections = presets.readme_sections(seed=0, implementations=["xla"], dense_max_len=16384)
+    lengths = [[workload.case.q_len for workload in section.workloads] for section in sections]
+    assert lengths == [[8192], [8192, 16384, 32768, 65536], [32768, 32768]]
+    names = [[contender.name for contender in section.contenders] for section in sections]
+    assert names == [["xla", "torch-flex", "torch-sdpa"], ["xla", "dense-xla"], ["InfLLMV2 xla", "xla"]]
