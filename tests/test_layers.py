@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = "sparse_attn_jax"
-ROOT = Path(__file__).resolve().parent.parent / PACKAGE
+ROOT = Path(__file__).absolute().parent.parent / PACKAGE
 
 # A module may import its own layer and those above it in this list. A module that is not listed is a part of whoever
 # imports it: what it imports counts as theirs.

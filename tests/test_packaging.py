@@ -8,7 +8,7 @@ from pathlib import Path
 
 import sparse_attn_jax as sa
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).absolute().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
