@@ -109,7 +109,7 @@ def pack_selection(selection: BlockSelection, q_packing: Packing, kv_packing: Pa
 
 
 def num_rows(selection: BlockSelection, num_tokens: int, num_sequences: int) -> int:
-    """Query blocks of the packed row: the selection's own rows, or enough for any lengths if it has a batch row per sequence."""
+    """Query blocks of the packed row: the selection's own rows, or enough for any lengths if it has one per sequence."""
     if is_per_sequence(selection, num_sequences):
         return num_tokens if selection.q_block_size == 1 else num_tokens // selection.q_block_size + num_sequences
     return selection.indices.shape[2]

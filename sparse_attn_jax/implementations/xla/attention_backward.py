@@ -42,9 +42,9 @@ def backward(
         return tiles.write_rows(geometry, box, d_query, d_rows), d_blocks
 
     d_query = tiles.zeros(geometry, rows[0].shape, operands.query.dtype, operands)
-    d_blocks = jax.tree.map(lambda x: tiles.zeros(geometry, x.shape, dtype, operands), keys.blocks())
+    d_blocks = tiles.zero_gradients(geometry, operands, keys)
     d_query, d_blocks = jax.lax.fori_loop(0, geometry.num_boxes, add_box, (d_query, d_blocks))
-    d_key, d_value, d_key_bias = (None if x is None else tiles.from_blocks(geometry, x) for x in d_blocks)
+    d_key, d_value, d_key_bias = (None if x is None else tiles.from_gradient_blocks(geometry, x) for x in d_blocks)
     return Operands(
         query=d_query[:, : problem.q_len],
         key=d_key.astype(operands.key.dtype),
@@ -65,6 +65,8 @@ def _backward_box(geometry, box, rows, keys, lists, tables, d_blocks):
     # exp(x - inf) is 0 for the rows that saw nothing.
     lse = jnp.where(seen, lse, jnp.inf)
 
+    query_transposed, d_out_transposed = jnp.swapaxes(query, 2, 3), jnp.swapaxes(d_out, 2, 3)
+
     def matmul(equation, a, b):
         return jnp.einsum(equation, a, b, preferred_element_type=geometry.accumulator_dtype)
 
@@ -79,12 +81,12 @@ def _backward_box(geometry, box, rows, keys, lists, tables, d_blocks):
         # The slope of a logit that nobody sees may be NaN.
         d_product = (jnp.where(keep, d_logits * slope, 0) * problem.scale).astype(geometry.matmul_dtype)
         d_query = d_query + matmul("thrk,thkd->thrd", d_product, part.key)
-        d_key = tiles.add_blocks(geometry, box, d_key, part.ids, matmul("thrk,thrd->thkd", d_product, query))
+        d_key = tiles.add_blocks(geometry, box, d_key, part.ids, matmul("thdr,thrk->thdk", query_transposed, d_product))
         probs = probs.astype(geometry.matmul_dtype)
-        d_value = tiles.add_blocks(geometry, box, d_value, part.ids, matmul("thrk,thrd->thkd", probs, d_out))
+        d_value = tiles.add_blocks(geometry, box, d_value, part.ids, matmul("thdr,thrk->thdk", d_out_transposed, probs))
         if d_key_bias is not None:
-            d_key_bias = tiles.add_blocks(geometry, box, d_key_bias, part.ids, d_logits.sum(2)[..., None])
-        return d_query, (d_key, d_value, d_key_bias)
+            d_key_bias = tiles.add_blocks(geometry, box, d_key_bias, part.ids, d_logits.sum(2)[:, :, None])
+        return d_query, [d_key, d_value, d_key_bias]
 
     first, end = tiles.chunk_range(geometry, box, lists)
     d_query = jnp.zeros_like(query, geometry.accumulator_dtype)

@@ -121,9 +121,6 @@ class KeyBlocks:
     key_bias: jax.Array | None
     num_repairs: jax.Array  # int32 scalar: 1 if any key or value is not finite, else 0
 
-    def blocks(self) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        return self.key, self.value, self.key_bias
-
 
 def to_key_blocks(geometry: Geometry, operands: Operands) -> KeyBlocks:
     bias = operands.key_bias
@@ -140,10 +137,18 @@ def zeros(geometry: Geometry, shape: tuple[int, ...], dtype, operands: Operands)
     return compat.vary_like(jnp.zeros(shape, dtype), operands)
 
 
-def from_blocks(geometry: Geometry, blocks: jax.Array) -> jax.Array:
-    """The inverse of `to_blocks`."""
-    x = blocks.reshape(*blocks.shape[:2], -1, blocks.shape[-1])
-    return jnp.swapaxes(x[:, :, : geometry.problem.kv_len], 1, 2)
+def zero_gradients(geometry: Geometry, operands: Operands, keys: KeyBlocks) -> list[jax.Array | None]:
+    """Gradient accumulators of key, value and bias, [..., n, kv_block_size]: a CPU multiplies into that order at twice the speed."""
+    return [
+        None if x is None else zeros(geometry, (*x.shape[:3], x.shape[4], x.shape[3]), geometry.accumulator_dtype, operands)
+        for x in (keys.key, keys.value, keys.key_bias)
+    ]
+
+
+def from_gradient_blocks(geometry: Geometry, blocks: jax.Array) -> jax.Array:
+    """Accumulated gradients [batch, num_kv_heads, num_kv_blocks + 1, n, kv_block_size] -> [batch, kv_len, num_kv_heads, n]."""
+    x = blocks.transpose(0, 2, 4, 1, 3)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, : geometry.problem.kv_len]
 
 
 def read_blocks(geometry: Geometry, box: Box, x: jax.Array, ids: jax.Array) -> jax.Array:
@@ -165,19 +170,20 @@ def read_blocks(geometry: Geometry, box: Box, x: jax.Array, ids: jax.Array) -> j
 
 
 def add_blocks(geometry: Geometry, box: Box, x: jax.Array, ids: jax.Array, update: jax.Array) -> jax.Array:
-    """Adds update [tiles, heads, chunk * kv_block_size, n] to the listed blocks of x, in list order."""
-    update = update.reshape(*ids.shape, *x.shape[3:]).astype(x.dtype)
-    head = box.head + jnp.arange(ids.shape[1])
-    if geometry.problem.platform != "cpu":
-        return x.at[box.batch, head[:, None], ids].add(update)
+    """Adds update [tiles, heads, n, chunk * kv_block_size] to the listed blocks of accumulator x, in list order."""
     num_heads, chunk = ids.shape[1:]
+    size = geometry.problem.kv_block_size
+    if geometry.problem.platform != "cpu":
+        update = jnp.moveaxis(update.reshape(*update.shape[:3], chunk, size), 3, 2)
+        head = box.head + jnp.arange(num_heads, dtype=jnp.int32)
+        return x.at[box.batch, head[:, None], ids].add(update)
 
     def add(i, x):
         t, h, c = i // (num_heads * chunk), i // chunk % num_heads, i % chunk
         start = int32(box.batch, box.head + h, ids[t, h, c], 0, 0)
         block = jax.lax.dynamic_slice(x, start, (1, 1, 1, *x.shape[3:]))
-        new = jax.lax.dynamic_slice(update, int32(t, h, c, 0, 0), (1, 1, 1, *x.shape[3:]))
-        return jax.lax.dynamic_update_slice(x, block + new, start)
+        new = jax.lax.dynamic_slice(update, int32(t, h, 0, c * size), (1, 1, x.shape[3], size))
+        return jax.lax.dynamic_update_slice(x, block + new[None], start)
 
     return jax.lax.fori_loop(0, ids.size, add, x)
 
