@@ -74,19 +74,21 @@ def test_json_has_its_schema(tmp_path):
         assert set(row["ratios"]) == {"dense-xla"}
 
 
-@pytest.mark.parametrize("case", ["everything", "group4_fp16", "odd_prefix", "float64"])
-def test_named_cases_run(tmp_path, case):
-    status, data = run_cli(tmp_path, f"--cases={case}", "--baselines=dense-xla", *QUICK)
+@pytest.mark.parametrize(
+    ("case", "dense_status"), [("everything", UNAVAILABLE), ("odd_prefix", TIMED), ("float64", UNAVAILABLE)]
+)
+def test_named_cases_run(tmp_path, case, dense_status):
+    status, data = run_cli(tmp_path, f"--cases={case}", "--baselines=dense-xla", "--mode=forward_backward", *QUICK)
     rows = by_name(data)
-    assert status == 0 and [rows["xla", mode]["status"] for mode in MODES] == [TIMED, TIMED]
-    assert rows["dense-xla", "forward"]["status"] == (UNAVAILABLE if case in ("everything", "float64") else TIMED)
+    mode = "forward_backward"
+    assert status == 0 and rows["xla", mode]["status"] == TIMED and rows["dense-xla", mode]["status"] == dense_status
 
 
 def test_selection_is_timed_beside_attention(tmp_path):
-    arguments = ["--op=both", "--q_len=300", "--num_slots=5", "--baselines=", "--generator=realistic", *QUICK]
+    arguments = ["--op=both", "--q_len=300", "--num_slots=5", "--mode=forward", "--baselines=", "--generator=realistic", *QUICK]
     status, data = run_cli(tmp_path, *arguments)
     assert status == 0
-    assert set(by_name(data)) == {("InfLLMV2 xla", "forward"), ("xla", "forward"), ("xla", "forward_backward")}
+    assert set(by_name(data)) == {("InfLLMV2 xla", "forward"), ("xla", "forward")}
     assert any("attention it selects for" in line for line in data["sections"][0]["summaries"])
 
 
@@ -104,7 +106,7 @@ def test_dense_baseline_stops_at_its_length(tmp_path):
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
 def test_plot_is_written(tmp_path):
     path = tmp_path / "figure.png"
-    run_cli(tmp_path, *SMALL, "--q_len=64,128", "--baselines=", f"--plot={path}")
+    run_cli(tmp_path, *SMALL, "--q_len=64,128", "--baselines=", "--mode=forward", f"--plot={path}")
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
@@ -132,8 +134,10 @@ def not_a_number(*arguments, **options):
 WRONG_ATTENTION = [shifted_causality, dropped_block, wrong_last_query, wrong_gradient, not_a_number]
 
 
-@pytest.mark.parametrize("is_sampled", [False, True], ids=["all_rows", "sampled_rows"])
-@pytest.mark.parametrize("wrong", WRONG_ATTENTION)
+@pytest.mark.parametrize(
+    ("wrong", "is_sampled"),
+    [*((wrong, True) for wrong in WRONG_ATTENTION), (shifted_causality, False)],
+)
 def test_wrong_attention_is_not_timed(tmp_path, monkeypatch, capsys, wrong, is_sampled):
     monkeypatch.setattr(sa, "block_sparse_attention", lambda query, key, value, **options: wrong(query, key, value, **options))
     if is_sampled:
@@ -155,14 +159,13 @@ def test_wrong_baseline_is_not_timed_and_the_others_are(tmp_path, monkeypatch):
     assert rows["xla", "forward"]["ratios"] == {}
 
 
-@pytest.mark.parametrize("change", ["shifted", "swapped", "dropped"])
+@pytest.mark.parametrize("change", ["swapped", "dropped"])
 def test_wrong_selection_is_not_timed(tmp_path, monkeypatch, change):
     select = sa.selectors.InfLLMV2.__call__
 
     def wrong(self, query, key, **options):
         selection = select(self, query, key, **options)
         indices = dict(
-            shifted=jnp.where(selection.indices < 0, -1, selection.indices + 1),
             swapped=jnp.roll(selection.indices, 1, axis=2),
             dropped=selection.indices.at[..., 0].set(-1),
         )[change]
@@ -203,7 +206,7 @@ def test_bad_flag_is_refused(arguments):
         flags.FLAGS(["run", *arguments])
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.dtype == "float32"], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [case for case in CASES if case.dtype == "float32"][::3], ids=lambda case: case.name)
 def test_pairs_are_counted_from_lists(case):
     made = make_inputs(case)
     assert workloads.count_pairs(made, "selected") == compare.mask_of(made).sum()
@@ -245,9 +248,12 @@ def test_growth_is_per_doubling():
 
 def test_memory_is_analyzed_without_running():
     sizes = dict(num_q_heads=4, num_kv_heads=1, head_dim=16, num_slots=4, block_size=16)
-    found = memory.analyze_all((256, 512), **sizes)
-    assert found[1]["results_bytes"] == 2 * found[0]["results_bytes"] and found[0]["temporary_bytes"] > 0
-    assert "512" in memory.format_memory(found)
+    found = memory.analyze_all((256,), **sizes)
+    # out and the gradients of query, key and value, and a table of four pointers.
+    assert (
+        found[0]["results_bytes"] == pytest.approx(2 * 256 * 16 * (4 + 4 + 1 + 1), abs=64) and found[0]["temporary_bytes"] > 0
+    )
+    assert memory.format_memory([found[0], found[0]]).endswith("1.00x |")
 
 
 def test_readme_preset_has_its_sections():
