@@ -65,9 +65,10 @@ def _highest(scores: jax.Array, candidates: jax.Array, count: jax.Array) -> jax.
 
 def _ordered_bits(scores: jax.Array) -> jax.Array:
     """uint32 in the order of the floats; 0 is below them all. The two zeros are equal."""
-    bits = jax.lax.bitcast_convert_type(jnp.where(scores == 0.0, 0.0, scores), jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(scores, jnp.uint32)
     sign = jnp.uint32(1 << 31)
-    return jnp.where(bits < sign, bits | sign, ~bits)
+    # A comparison of floats may take denormals for zero, so -0.0 (which is `sign`) is told by its bits.
+    return jnp.where(bits <= sign, bits | sign, ~bits)
 
 
 def _kth_largest(rank: jax.Array, count: jax.Array) -> jax.Array:
