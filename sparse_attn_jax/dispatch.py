@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 from absl import logging
 
 from sparse_attn_jax.implementations import cuda, mosaic, xla
 from sparse_attn_jax.problem import Problem
+from sparse_attn_jax.scoring_problem import ScoringProblem
 
 # In order of preference.
 IMPLEMENTATIONS: Mapping[str, ModuleType] = {"mosaic": mosaic, "cuda": cuda, "xla": xla}
@@ -21,15 +22,16 @@ class Explanation:
     Attributes:
       implementation: the name that runs the problem, forward and backward; `None` if none of those asked for can.
       reasons: for each implementation asked for, in order of preference, the reasons against it; empty if it can run.
-      problem: what was asked.
+      problem: what was asked: of attention, or of block selection.
     """
 
     implementation: str | None
     reasons: Mapping[str, tuple[str, ...]]
-    problem: Problem
+    problem: Problem | ScoringProblem
 
     def __str__(self) -> str:
-        lines = [f"runs on: {self.implementation or 'none'} (forward and backward)"]
+        what = "selection" if isinstance(self.problem, ScoringProblem) else "attention, forward and backward,"
+        lines = [f"{what} runs on: {self.implementation or 'none'}"]
         for name, reasons in self.reasons.items():
             lines += [f"not {name}: {reason}" for reason in reasons]
         return "\n".join(lines)
@@ -39,9 +41,10 @@ def get(name: str) -> ModuleType:
     return IMPLEMENTATIONS[name]
 
 
-def supported(problem: Problem) -> dict[str, tuple[str, ...]]:
-    """Every implementation's reasons against `problem`."""
-    return {name: module.supports(problem) for name, module in IMPLEMENTATIONS.items()}
+def reasons_against(name: str, problem: Problem | ScoringProblem) -> tuple[str, ...]:
+    """An implementation's reasons against `problem`; empty if it can run it."""
+    module = get(name)
+    return module.supports_scoring(problem) if isinstance(problem, ScoringProblem) else module.supports(problem)
 
 
 def requested_names(implementation: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -56,19 +59,14 @@ def requested_names(implementation: str | Sequence[str] | None) -> tuple[str, ..
     return names
 
 
-def explain(
-    problem: Problem,
-    implementation: str | Sequence[str] | None,
-    supports: Callable[[Problem], Mapping[str, tuple[str, ...]]] = supported,
-) -> Explanation:
+def explain(problem: Problem | ScoringProblem, implementation: str | Sequence[str] | None) -> Explanation:
     names = requested_names(implementation)
-    reasons = supports(problem)
-    reasons = {name: reasons[name] for name in names}
+    reasons = {name: reasons_against(name, problem) for name in names}
     chosen = next((name for name in names if not reasons[name]), None)
     return Explanation(chosen, reasons, problem)
 
 
-def choose(problem: Problem, implementation: str | Sequence[str] | None) -> str:
+def choose(problem: Problem | ScoringProblem, implementation: str | Sequence[str] | None) -> str:
     """The first implementation asked for that can run `problem`, forward and backward.
 
     Raises:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from sparse_attn_jax import dispatch
 from sparse_attn_jax import selection_checks as checks
-from sparse_attn_jax.implementations.xla.block_top_k import pick_blocks
-from sparse_attn_jax.implementations.xla.scoring import select_from_units
+from sparse_attn_jax.block_top_k import pick_blocks
 from sparse_attn_jax.scoring_problem import ScoringProblem, absolute_positions, num_units, unit_overlap
 from sparse_attn_jax.selection import BlockSelection, num_blocks
 
@@ -107,7 +107,6 @@ def score_blocks(
     """
     checks.check_array("compressed_key", compressed_key, checks.UNIT_AXES)
     checks.check_query(query, compressed_key, "compressed_key")
-    checks.check_implementation(implementation)
     problem = scoring_problem(
         query,
         kv_len=kv_len,
@@ -122,6 +121,7 @@ def score_blocks(
         scale=scale,
     )
     _check_unit_arrays({"compressed_key": compressed_key, "coarse_key": coarse_key}, problem)
+    dispatch.choose(problem, implementation)  # the definition below serves all: only whether a name would run is asked
     batch, q_len, num_q_heads, _ = query.shape
     checks.check_q_offset(q_offset, batch, q_len, kv_len)
     heads = num_q_heads if group_reduction is None else compressed_key.shape[2]
@@ -287,5 +287,6 @@ def select_blocks_from_units(
     checks.check_q_offset(q_offset, batch, q_len, problem.kv_len)
     query, compressed, coarse = jax.lax.stop_gradient((query, compressed, coarse))
     positions = absolute_positions(q_offset, q_len, problem.kv_len)
+    select_from_units = dispatch.get(dispatch.choose(problem, None)).select_from_units
     ids = select_from_units(query, compressed, coarse, positions, problem=problem)
     return BlockSelection(ids, q_block_size=1, kv_block_size=problem.block_size)

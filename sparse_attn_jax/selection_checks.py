@@ -133,11 +133,3 @@ def check_scores(scores: jax.Array, kv_len: int, block_size: int) -> None:
         raise ValueError(
             f"`scores` has {scores.shape[3]} blocks; {kv_len=} and {block_size=} make {num_blocks(kv_len, block_size)}."
         )
-
-
-def check_implementation(implementation: str | Sequence[str] | None) -> None:
-    names = (implementation,) if isinstance(implementation, str) else implementation
-    for name in names or ():
-        check_choice("implementation", name, ("xla", "mosaic", "cuda"))
-    if names is not None and "xla" not in names:
-        raise NotImplementedError(f"`implementation` is {implementation!r}; blocks are scored by 'xla' only so far.")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_attn_jax.implementations.xla.block_top_k import nth_set_bit, pack_bits
+from sparse_attn_jax.block_top_k import nth_set_bit, pack_bits
 from sparse_attn_jax.implementations.xla.scoring import select_from_units
 from sparse_attn_jax.scoring import compress_keys, score_blocks, scoring_problem, select_blocks
 from sparse_attn_jax.scoring_problem import absolute_positions

@@ -2,10 +2,18 @@
 
 from sparse_attn_jax.implementations.xla.attention_backward import backward as backward
 from sparse_attn_jax.implementations.xla.attention_forward import forward as forward
+from sparse_attn_jax.implementations.xla.scoring import select_from_units as select_from_units
 from sparse_attn_jax.problem import Problem
+from sparse_attn_jax.scoring_problem import ScoringProblem
 
 
 def supports(problem: Problem) -> tuple[str, ...]:
     """Reasons against running `problem`, forward and backward; none."""
+    del problem
+    return ()
+
+
+def supports_scoring(problem: ScoringProblem) -> tuple[str, ...]:
+    """Reasons against scoring and selecting blocks for `problem`; none."""
     del problem
     return ()

@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from sparse_attn_jax.implementations.xla.block_top_k import pick_blocks
+from sparse_attn_jax.block_top_k import pick_blocks
 from sparse_attn_jax.scoring_problem import ScoringProblem, num_units, unit_overlap
 from sparse_attn_jax.selection import num_blocks
 

@@ -138,7 +138,7 @@ def zeros(geometry: Geometry, shape: tuple[int, ...], dtype, operands: Operands)
 
 
 def zero_gradients(geometry: Geometry, operands: Operands, keys: KeyBlocks) -> list[jax.Array | None]:
-    """Gradient accumulators of key, value and bias, [..., n, kv_block_size]: a CPU multiplies into that order at twice the speed."""
+    """Gradients of key, value and bias, [..., n, kv_block_size]: a CPU multiplies into that order at twice the speed."""
     return [
         None if x is None else zeros(geometry, (*x.shape[:3], x.shape[4], x.shape[3]), geometry.accumulator_dtype, operands)
         for x in (keys.key, keys.value, keys.key_bias)
