@@ -5,21 +5,27 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from sparse_attn_jax import dispatch
+from sparse_attn_jax import compat, dispatch
 from sparse_attn_jax.planning import TilePlan
 from sparse_attn_jax.problem import Operands, Problem, TokenMask
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def attend(
     implementation: str, problem: Problem, operands: Operands, plan: TilePlan, mask: TokenMask
 ) -> tuple[jax.Array, jax.Array]:
     """Runs a problem: (out, lse), both differentiable with respect to `operands`."""
+    # Under `shard_map`, keys that all devices share while queries differ get a gradient that is summed over devices.
+    operands = jax.tree.map(lambda x: compat.vary_like(x, (operands, plan, mask)), operands)
+    return _attend(implementation, problem, operands, plan, mask)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(implementation, problem, operands, plan, mask):
     return dispatch.get(implementation).forward(problem, operands, plan, mask)
 
 
 def _attend_forward(implementation, problem, operands, plan, mask):
-    out, lse = attend(implementation, problem, operands, plan, mask)
+    out, lse = _attend(implementation, problem, operands, plan, mask)
     return (out, lse), (operands, plan, mask, out, lse)
 
 
@@ -29,7 +35,7 @@ def _attend_backward(implementation, problem, residuals, cotangents):
     return d_operands, None, None
 
 
-attend.defvjp(_attend_forward, _attend_backward)
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def merge(outs: list[jax.Array], lses: list[jax.Array]) -> tuple[jax.Array, jax.Array]:

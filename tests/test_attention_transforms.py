@@ -277,6 +277,31 @@ def test_shard_map_with_one_selection_for_all_devices():
     compare.assert_results_match(jax.device_get(compiled(operands, *cotangents)), inputs)
 
 
+def test_shard_map_over_queries_sums_the_gradient_of_shared_keys():
+    """Context parallelism: each device has some of the queries, and all keys."""
+    operands, selection = make_operands(batch=1), make_selection(batch=1)
+    mesh = jax.make_mesh((4,), ("shard",), axis_types=(jax.sharding.AxisType.Auto,))
+    some, every = PartitionSpec(None, "shard"), PartitionSpec()
+
+    def shard(query, key, value, indices):
+        lists = dataclasses.replace(selection, indices=indices)
+        q_offset = jax.lax.axis_index("shard") * query.shape[1]
+        return sa.block_sparse_attention(query, key, value, lists, q_offset=q_offset, **OPTIONS)
+
+    specs = (some, every, every, PartitionSpec(None, None, "shard"))
+    sharded = jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=some)
+
+    def sharded_loss(operands):
+        query, key, value = (operands[name] for name in ("query", "key", "value"))
+        return (sharded(query, key, value, selection.indices) ** 2).sum()
+
+    def whole_loss(operands):
+        return (attend(operands, selection) ** 2).sum()
+
+    actual, expected = (jax.jit(jax.value_and_grad(f))(operands) for f in (sharded_loss, whole_loss))
+    assert_trees_close(actual, expected)
+
+
 def sharded_by_name(sharded):
     """`shard_map` takes positional arguments only."""
     return lambda query, key, value: sharded(query, key, value)
