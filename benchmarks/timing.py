@@ -9,6 +9,7 @@ from benchmarks.progress import Progress
 
 # A sample shorter than this is made of several calls.
 MIN_SAMPLE_SECONDS = 2e-3
+LONG_CALL_SECONDS = 0.5
 MIN_ROUNDS = 3
 # The thread pool of the contender before spins for a while after its last task.
 SETTLE_SECONDS = 0.01
@@ -42,8 +43,9 @@ def time_interleaved(calls: dict[str, Call], *, repeats: int, seconds: float, ti
 
 
 def calls_per_sample(call: Call) -> int:
-    call()
-    return max(1, round(MIN_SAMPLE_SECONDS / time_sample(call, 1)))
+    """Warms up, twice if that is cheap."""
+    first = time_sample(call, 1)
+    return 1 if first > LONG_CALL_SECONDS else max(1, round(MIN_SAMPLE_SECONDS / time_sample(call, 1)))
 
 
 def time_sample(call: Call, count: int) -> float:
