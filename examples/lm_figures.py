@@ -20,6 +20,7 @@ _SCALING_COLORS = ("#d1603d", "#e9a83b", "#1b6ca8")
 # Future, not read, sink, local, chosen by score.
 _BLOCK_COLORS = ("#e4e4e4", "#ffffff", "#8e6bb0", "#e9a83b", "#1b6ca8")
 _BLOCK_LABELS = ("in the future", "not read", "first block (sink)", "local blocks", "chosen by its score")
+_CAPTION = dict(verticalalignment="center", fontsize=11)
 _STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 110}
 
 
@@ -32,8 +33,10 @@ def draw_loss_curves(path: pathlib.Path, models: Mapping[str, TrainedModel], tok
             read = np.arange(1, len(trained.losses) + 1) * tokens_per_step / 1e3
             smooth[name] = _moving_average(trained.losses)
             label = f"{name}: {trained.validation_bits_per_byte:.3f} held out, {trained.tokens_per_second:,.0f} tokens/s"
-            above.plot(read, trained.losses, color=_COLORS[name], alpha=0.2, linewidth=0.8)
-            above.plot(read, smooth[name], color=_COLORS[name], linewidth=2, label=label)
+            # The two are so close that the first, wider, shows only around the second.
+            width = 5 if name == "dense" else 1.5
+            above.plot(read, trained.losses, color=_COLORS[name], alpha=0.15, linewidth=0.8)
+            above.plot(read, smooth[name], color=_COLORS[name], linewidth=width, label=label)
         above.set(title="The same model with dense and with sparse attention", ylabel="training loss (bits per byte)")
         above.legend(frameon=False)
         below.axhspan(-3, 3, color="#eeeeee", label="±3 %")
@@ -48,10 +51,11 @@ def draw_loss_curves(path: pathlib.Path, models: Mapping[str, TrainedModel], tok
 
 
 def _moving_average(losses: np.ndarray) -> np.ndarray:
-    """Mean of up to the last 20 losses."""
+    """Mean of up to the last twentieth of the losses."""
+    width = max(1, len(losses) // 20)
     total = np.cumsum(np.concatenate([[0.0], losses]))
     end = np.arange(1, len(losses) + 1)
-    first = np.maximum(end - 20, 0)
+    first = np.maximum(end - width, 0)
     return (total[end] - total[first]) / (end - first)
 
 
@@ -98,11 +102,16 @@ def draw_selected_blocks(
         for index, (name, mask) in enumerate(masks.items()):
             axes = figure.add_subplot(grid[index // 2, index % 2])
             _draw_map(axes, name, _classify(mask, block_size, num_local_blocks))
-            axes.set(xlabel="block of keys" if index >= 2 else "", ylabel="byte that reads" if index % 2 == 0 else "")
+            axes.set(
+                xlabel=f"block of {block_size} bytes that is read" if index >= 2 else "",
+                ylabel="position of the reading byte" if index % 2 == 0 else "",
+            )
         _draw_text(figure.add_subplot(grid[:, 2]), text, masks, block_size)
         handles = [Patch(facecolor=c, edgecolor="#999999", label=label) for c, label in zip(_BLOCK_COLORS, _BLOCK_LABELS)]
         figure.legend(handles=handles, loc="outside lower left", ncols=5, frameon=False)
-        figure.suptitle(f"Which blocks of {block_size} bytes each byte of a held-out text reads", fontsize=14)
+        figure.suptitle(
+            f"Which blocks of {block_size} bytes each byte of a held-out text reads, in {len(masks)} heads", fontsize=14
+        )
         figure.savefig(path)
         plt.close(figure)
 
@@ -127,21 +136,21 @@ def _draw_map(axes: Axes, name: str, kinds: np.ndarray) -> None:
 def _draw_text(axes: Axes, text: bytes, masks: Mapping[str, np.ndarray], block_size: int) -> None:
     """The text, one block a line. Squares at the left of a line: the heads in which the last byte reads this block."""
     num_lines = -(-len(text) // block_size)
+    font_size = min(11.0, 11.0 * 64 / block_size)
     for line in range(num_lines):
         reads = [mask[-1, line] for mask in masks.values()]
-        if any(reads):
-            alpha = 0.12 + 0.33 * np.mean(reads)
-            axes.add_patch(Rectangle((0, line - 0.5), 1, 1, facecolor=_COLORS["sparse"], alpha=alpha, linewidth=0))
         for head, is_read in enumerate(reads):
             color = _COLORS["sparse"] if is_read else "#eeeeee"
-            axes.add_patch(Rectangle((0.03 * head - 0.16, line - 0.35), 0.022, 0.7, color=color))
-        shown = _printable(text[line * block_size : (line + 1) * block_size])
-        options = dict(family="monospace", fontsize=8.5, verticalalignment="center", parse_math=False)
-        axes.text(0.005, line, shown, **options)
-        axes.text(-0.18, line, str(line), horizontalalignment="right", color="#777777", fontsize=8, verticalalignment="center")
-    axes.text(-0.1, -0.9, "heads", horizontalalignment="center", color="#777777", fontsize=8)
-    axes.set(xlim=(-0.23, 1.0), ylim=(num_lines - 0.4, -1.3))
-    axes.set_title("The text, one block a line; blue: read by the last byte (bottom right), by head", fontsize=11)
+            axes.add_patch(Rectangle((0.03 * head - 0.145, line - 0.35), 0.022, 0.7, color=color))
+        shown = _printable(text[line * block_size : (line + 1) * block_size]).ljust(block_size)
+        box = dict(facecolor=_COLORS["sparse"], alpha=0.4 * np.mean(reads), linewidth=0, pad=1.2)
+        place = dict(verticalalignment="center", parse_math=False)
+        axes.text(0.01, line, shown, family="monospace", fontsize=font_size, bbox=box, **place)
+        axes.text(-0.16, line, str(line), horizontalalignment="right", color="#777777", fontsize=9, **place)
+    for head, name in enumerate(masks):
+        axes.text(0.03 * head - 0.135, -0.8, name, rotation=45, color="#777777", fontsize=9)
+    axes.set(xlim=(-0.2, 1.0), ylim=(num_lines - 0.4, -4.5))
+    axes.text(0.25, -2.8, "The same text, one block a line.\nSquares: heads in which the last byte reads it.", **_CAPTION)
     axes.axis("off")
 
 

@@ -33,7 +33,7 @@ def contenders() -> dict[str, Callable]:
     return {
         "dense: jax.nn.dot_product_attention": lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True),
         "dense: this library, every block": lambda q, k, v: sa.sparse_attention(q, k, v, sa.selectors.Dense(), is_causal=True),
-        "sparse: InfLLMV2, 8 blocks of 64 (selection included)": lambda q, k, v: sa.sparse_attention(
+        "sparse: InfLLMV2, 8 blocks of 64 per token (selection included)": lambda q, k, v: sa.sparse_attention(
             q, k, v, SELECTOR, is_causal=True
         ),
     }
