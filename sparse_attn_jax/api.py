@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from sparse_attn_jax import attention, dispatch, validation, varlen
 from sparse_attn_jax.planning import TilePlan, build_plan
-from sparse_attn_jax.problem import Operands, Problem, TokenMask
+from sparse_attn_jax.problem import MAX_LENGTH, Operands, Problem, TokenMask
 from sparse_attn_jax.selection import BlockSelection
 
 Window = tuple[int | jax.Array, int | jax.Array] | int
@@ -306,7 +306,12 @@ def _empty(problem: Problem) -> tuple[jax.Array, jax.Array]:
 
 
 def _per_head(problem: Problem, x: int | jax.Array | None) -> jax.Array | None:
-    return None if x is None else jnp.broadcast_to(jnp.asarray(x, jnp.int32), (problem.num_q_heads,))
+    return None if x is None else jnp.broadcast_to(_bounded(x, MAX_LENGTH), (problem.num_q_heads,))
+
+
+def _bounded(x: int | jax.Array, limit: int) -> jax.Array:
+    """x as int32 within [-limit, limit], so that a position plus an extreme value of the caller's cannot wrap around."""
+    return jnp.clip(jnp.asarray(x), -limit, limit).astype(jnp.int32)
 
 
 def _window_arrays(
@@ -323,9 +328,9 @@ def _token_mask(
     problem, local_window_size, num_sinks, q_offset, query_segment_ids, key_value_segment_ids, predicate
 ) -> TokenMask:
     offset = problem.kv_len - problem.q_len if q_offset is None else q_offset
-    offset = jnp.asarray(offset, jnp.int32).reshape(-1, 1)  # [batch or 1, 1]
+    offset = _bounded(offset, MAX_LENGTH).reshape(-1, 1)  # [batch or 1, 1]
     return TokenMask(
-        q_positions=jnp.arange(problem.q_len, dtype=jnp.int32) + offset,
+        q_positions=_bounded(jnp.arange(problem.q_len, dtype=jnp.int32) + offset, MAX_LENGTH - 1),
         kv_positions=jnp.arange(problem.kv_len, dtype=jnp.int32)[None],
         q_segments=None if query_segment_ids is None else jnp.asarray(query_segment_ids, jnp.int32),
         kv_segments=None if key_value_segment_ids is None else jnp.asarray(key_value_segment_ids, jnp.int32),
@@ -335,10 +340,11 @@ def _token_mask(
 
 
 def _varlen_mask(problem, q_packing, kv_packing, q_offset, local_window_size, num_sinks, predicate) -> TokenMask:
-    offset = kv_packing.lengths - q_packing.lengths if q_offset is None else jnp.asarray(q_offset, jnp.int32)
-    offset = jnp.broadcast_to(offset, kv_packing.lengths.shape)
+    offset = kv_packing.lengths - q_packing.lengths if q_offset is None else q_offset
+    offset = jnp.broadcast_to(_bounded(offset, MAX_LENGTH), kv_packing.lengths.shape)
+    q_positions = q_packing.position + offset[jnp.maximum(q_packing.sequence, 0)]
     return TokenMask(
-        q_positions=(q_packing.position + offset[jnp.maximum(q_packing.sequence, 0)])[None],
+        q_positions=_bounded(q_positions, MAX_LENGTH - 1)[None],
         kv_positions=kv_packing.position[None],
         q_segments=q_packing.sequence[None],
         # Never the -1 of a query position that holds no token.

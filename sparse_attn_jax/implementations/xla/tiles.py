@@ -124,10 +124,11 @@ class KeyBlocks:
 
 def to_key_blocks(geometry: Geometry, operands: Operands) -> KeyBlocks:
     bias = operands.key_bias
+    bias = None if bias is None else jnp.swapaxes(bias, 1, 2)[..., None].astype(geometry.accumulator_dtype)
     return KeyBlocks(
         key=to_blocks(geometry, operands.key),
         value=to_blocks(geometry, operands.value),
-        key_bias=None if bias is None else to_blocks(geometry, jnp.swapaxes(bias, 1, 2)[..., None]),
+        key_bias=None if bias is None else to_blocks(geometry, bias),
         num_repairs=1 - (jnp.isfinite(operands.key).all() & jnp.isfinite(operands.value).all()).astype(jnp.int32),
     )
 
