@@ -63,7 +63,7 @@ class TilePlan:
         return (self.tile_size // self.row_group_tokens) * (group_size // self.row_group_heads)
 
 
-def default_tile_size(q_block_size: int, group_size: int, q_len: int, target_rows: int = 128) -> int:
+def default_tile_size(q_block_size: int, group_size: int, q_len: int, target_rows: int = 64) -> int:
     """Tokens per query tile: about `target_rows` rows with the group's heads, whole query blocks where they fit."""
     tokens = max(1, target_rows // group_size)
     if 2 * q_block_size >= tokens:
