@@ -51,7 +51,7 @@ flags.DEFINE_string("text", None, "File to train on. Default: the standard libra
 flags.DEFINE_bool("quick", False, "A small model, few steps, short lengths: every output in under a minute.")
 flags.DEFINE_string("generate_from", None, "Checkpoint to generate from; nothing is trained.")
 flags.DEFINE_string("prompt", None, "Start of the generated text. Default: held-out text.")
-flags.DEFINE_float("temperature", 0.5, "Of the generated text; 0 takes the likeliest byte every time.", lower_bound=0.0)
+flags.DEFINE_float("temperature", 0.7, "Of the generated text; 0 takes the likeliest byte every time.", lower_bound=0.0)
 flags.DEFINE_integer("seed", 0, "Of parameters, data and generated text.")
 flags.DEFINE_integer("generate_bytes", None, f"Bytes to generate. Default: {FULL.generate_bytes}.", lower_bound=1)
 flags.DEFINE_list("scaling_lengths", None, f"Lengths of scaling.png. Default: {','.join(map(str, FULL.scaling_lengths))}.")
