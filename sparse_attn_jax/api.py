@@ -211,7 +211,8 @@ def plan_attention(
       kv_len: number of keys.
       num_q_heads: number of query heads.
       num_kv_heads: number of KV heads; divides num_q_heads.
-      tile_size: query tokens per tile. Default: about 64 rows (tokens x group_size), whole query blocks where they fit.
+      tile_size: query tokens per tile. Default: about 32 rows (tokens x group_size) if tokens have lists of their own, up to
+        64 tokens if they share one.
       with_inverse: also build each KV block's list of tiles, which key-major kernels walk. Default: True.
 
     Returns:

@@ -63,12 +63,18 @@ class TilePlan:
         return (self.tile_size // self.row_group_tokens) * (group_size // self.row_group_heads)
 
 
-def default_tile_size(q_block_size: int, group_size: int, q_len: int, target_rows: int = 64) -> int:
-    """Tokens per query tile: about `target_rows` rows with the group's heads, whole query blocks where they fit."""
-    tokens = max(1, target_rows // group_size)
+# Rows of a tile whose tokens have lists of their own: more share more keys, but their union grows, and with the length.
+MIXED_TILE_ROWS = 32
+# Tokens of a tile whose tokens share a list.
+SHARED_TILE_TOKENS = 64
+
+
+def default_tile_size(q_block_size: int, group_size: int, q_len: int) -> int:
+    """Tokens per query tile: whole query blocks where they are small, an even part of one where it is large."""
+    tokens = max(1, MIXED_TILE_ROWS // group_size)
     if 2 * q_block_size >= tokens:
         # Rows of different query blocks share a tile only if the tile were too small otherwise.
-        tokens = max(tokens, min(q_block_size, target_rows))
+        tokens = max(tokens, min(q_block_size, SHARED_TILE_TOKENS))
         tile_size = max(n for n in range(1, tokens + 1) if q_block_size % n == 0)
         tile_size = tile_size if 4 * tile_size >= tokens else tokens
     else:
