@@ -81,11 +81,11 @@ def _backward_box(geometry, box, rows, keys, lists, tables, d_blocks):
         # The slope of a logit that nobody sees may be NaN.
         d_product = (jnp.where(keep, d_logits * slope, 0) * problem.scale).astype(geometry.matmul_dtype)
         d_query = d_query + matmul("thrk,thkd->thrd", d_product, part.key)
-        d_key = tiles.add_blocks(geometry, box, d_key, part.ids, matmul("thdr,thrk->thdk", query_transposed, d_product))
+        d_key = tiles.add_blocks(box, d_key, part.ids, matmul("thdr,thrk->thdk", query_transposed, d_product))
         probs = probs.astype(geometry.matmul_dtype)
-        d_value = tiles.add_blocks(geometry, box, d_value, part.ids, matmul("thdr,thrk->thdk", d_out_transposed, probs))
+        d_value = tiles.add_blocks(box, d_value, part.ids, matmul("thdr,thrk->thdk", d_out_transposed, probs))
         if d_key_bias is not None:
-            d_key_bias = tiles.add_blocks(geometry, box, d_key_bias, part.ids, d_logits.sum(2)[:, :, None])
+            d_key_bias = tiles.add_blocks(box, d_key_bias, part.ids, d_logits.sum(2)[:, :, None])
         return d_query, [d_key, d_value, d_key_bias]
 
     first, end = tiles.chunk_range(geometry, box, lists)

@@ -6,12 +6,8 @@ from sparse_attn_jax.planning import TilePlan
 from sparse_attn_jax.problem import Problem
 
 # Scores held per step. 1 MiB of float32 stay in a CPU core's cache and keep two cores' matmuls busy.
-_MAX_STEP_SCORES = 2**18
-_CHUNK_KEYS = 512
-# Blocks read per step. On a CPU each is an operation of its own in the compiled program, and compile time grows with them: the
-# most are worth it only if the loop takes many steps.
-_MIN_STEP_BLOCKS, _MAX_STEP_BLOCKS = 16, 64
-_MIN_STEPS = 64
+_STEP_SCORES = 2**18
+_CHUNK_KEYS = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +27,9 @@ class Config:
 
 def choose_config(problem: Problem, plan: TilePlan) -> Config:
     """Fills a step with heads first, because they share token positions, then with neighbouring tiles."""
-    capacity = plan.blocks.shape[-1]
-    listed = problem.batch * problem.num_kv_heads * plan.num_tiles * capacity
-    step_blocks = min(max(listed // _MIN_STEPS, _MIN_STEP_BLOCKS), _MAX_STEP_BLOCKS)
-    chunk = min(capacity, max(1, _CHUNK_KEYS // problem.kv_block_size), step_blocks)
+    chunk = min(plan.blocks.shape[-1], max(1, _CHUNK_KEYS // problem.kv_block_size))
     scores_per_item = plan.tile_size * problem.group_size * chunk * problem.kv_block_size
-    items = max(1, min(_MAX_STEP_SCORES // scores_per_item, step_blocks // chunk))
+    items = max(1, _STEP_SCORES // scores_per_item)
     heads = max(h for h in range(1, problem.num_kv_heads + 1) if problem.num_kv_heads % h == 0 and h <= items)
     tiles = max(1, min(items // heads, plan.num_tiles))
     return Config(tiles=tiles, heads=heads, chunk=chunk)

@@ -125,11 +125,13 @@ class KeyBlocks:
 def to_key_blocks(geometry: Geometry, operands: Operands) -> KeyBlocks:
     bias = operands.key_bias
     bias = None if bias is None else jnp.swapaxes(bias, 1, 2)[..., None].astype(geometry.accumulator_dtype)
+    # 0 * x is NaN for an infinite or NaN x: one pass, where isfinite would write an array of bool.
+    is_finite = jnp.isfinite((operands.key * 0).sum() + (operands.value * 0).sum())
     return KeyBlocks(
         key=to_blocks(geometry, operands.key),
         value=to_blocks(geometry, operands.value),
         key_bias=None if bias is None else to_blocks(geometry, bias),
-        num_repairs=1 - (jnp.isfinite(operands.key).all() & jnp.isfinite(operands.value).all()).astype(jnp.int32),
+        num_repairs=1 - is_finite.astype(jnp.int32),
     )
 
 
@@ -152,41 +154,18 @@ def from_gradient_blocks(geometry: Geometry, blocks: jax.Array) -> jax.Array:
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, : geometry.problem.kv_len]
 
 
-def read_blocks(geometry: Geometry, box: Box, x: jax.Array, ids: jax.Array) -> jax.Array:
-    """Listed blocks of a box: x blocks, ids [tiles, heads, chunk] -> [tiles, heads, chunk * kv_block_size, n].
-
-    A CPU runs a gather element by element and a slice as a copy, so slices are spelled out there.
-    """
-    shape = (*ids.shape[:2], ids.shape[2] * x.shape[3], x.shape[4])
-    head = box.head + jnp.arange(ids.shape[1])
-    if geometry.problem.platform != "cpu":
-        return x[box.batch, head[:, None], ids].reshape(shape)
-    slices = [
-        jax.lax.dynamic_slice(x, int32(box.batch, head[h], ids[t, h, c], 0, 0), (1, 1, 1, *x.shape[3:])).reshape(x.shape[3:])
-        for t in range(ids.shape[0])
-        for h in range(ids.shape[1])
-        for c in range(ids.shape[2])
-    ]
-    return jnp.concatenate(slices).reshape(shape)
+def read_blocks(box: Box, x: jax.Array, ids: jax.Array) -> jax.Array:
+    """Listed blocks of a box: x blocks, ids [tiles, heads, chunk] -> [tiles, heads, chunk * kv_block_size, n]."""
+    head = box.head + jnp.arange(ids.shape[1], dtype=jnp.int32)
+    blocks = x.at[box.batch, head[:, None], ids].get(mode="clip")
+    return blocks.reshape(*ids.shape[:2], ids.shape[2] * x.shape[3], x.shape[4])
 
 
-def add_blocks(geometry: Geometry, box: Box, x: jax.Array, ids: jax.Array, update: jax.Array) -> jax.Array:
-    """Adds update [tiles, heads, n, chunk * kv_block_size] to the listed blocks of accumulator x, in list order."""
-    num_heads, chunk = ids.shape[1:]
-    size = geometry.problem.kv_block_size
-    if geometry.problem.platform != "cpu":
-        update = jnp.moveaxis(update.reshape(*update.shape[:3], chunk, size), 3, 2)
-        head = box.head + jnp.arange(num_heads, dtype=jnp.int32)
-        return x.at[box.batch, head[:, None], ids].add(update)
-
-    def add(i, x):
-        t, h, c = i // (num_heads * chunk), i // chunk % num_heads, i % chunk
-        start = int32(box.batch, box.head + h, ids[t, h, c], 0, 0)
-        block = jax.lax.dynamic_slice(x, start, (1, 1, 1, *x.shape[3:]))
-        new = jax.lax.dynamic_slice(update, int32(t, h, 0, c * size), (1, 1, x.shape[3], size))
-        return jax.lax.dynamic_update_slice(x, block + new[None], start)
-
-    return jax.lax.fori_loop(0, ids.size, add, x)
+def add_blocks(box: Box, x: jax.Array, ids: jax.Array, update: jax.Array) -> jax.Array:
+    """Adds update [tiles, heads, n, chunk * kv_block_size] to the listed blocks of x [..., n, kv_block_size]."""
+    head = box.head + jnp.arange(ids.shape[1], dtype=jnp.int32)
+    update = update.reshape(*update.shape[:3], ids.shape[2], x.shape[4])
+    return x.at[box.batch, head[:, None], ids].add(jnp.moveaxis(update, 3, 2), mode="drop")
 
 
 # ---- lists
@@ -423,10 +402,11 @@ def read_chunk(geometry: Geometry, box: Box, keys: KeyBlocks, lists: Lists, tabl
     ids = jax.lax.optimization_barrier(read_list(geometry, box, lists.ids, slot))
     bits = None if lists.membership is None else read_list(geometry, box, lists.membership, slot)
     all_ids = jnp.broadcast_to(ids, (ids.shape[0], geometry.config.heads, ids.shape[2]))
-    key, value = (read_blocks(geometry, box, x, all_ids).astype(geometry.matmul_dtype) for x in (keys.key, keys.value))
+    key, value = (read_blocks(box, x, all_ids).astype(geometry.matmul_dtype) for x in (keys.key, keys.value))
 
-    def drop_unseen(_, pair):
-        seen = visible(geometry, box, tables, ids, bits).any((2, 3))
+    def drop_unseen(i, pair):
+        own_ids = jax.lax.optimization_barrier((ids, i))[0]  # else XLA moves this out of a loop that hardly ever runs
+        seen = visible(geometry, box, tables, own_ids, bits).any((2, 3))
         seen = jnp.broadcast_to(seen, (*all_ids.shape, seen.shape[-1])).reshape(*all_ids.shape[:2], -1, 1)
         return tuple(jnp.where(seen, x, 0) for x in pair)
 
@@ -438,7 +418,7 @@ def read_chunk(geometry: Geometry, box: Box, keys: KeyBlocks, lists: Lists, tabl
         ids=all_ids,
         key=key,
         value=value,
-        key_bias=None if bias is None else read_blocks(geometry, box, bias, all_ids)[..., 0],
+        key_bias=None if bias is None else read_blocks(box, bias, all_ids)[..., 0],
         visible=broadcast_visible(geometry, visible(geometry, box, tables, ids, bits)),
     )
 
