@@ -1,4 +1,4 @@
-"""Block-sparse flash attention, forward, in XLA: one loop over boxes of query tiles, and in it one over the listed blocks."""
+"""Block-sparse flash attention, forward, in XLA: a loop over steps of a few query tiles, and in it one over their blocks."""
 
 import jax
 import jax.numpy as jnp
@@ -19,30 +19,28 @@ def forward(problem: Problem, operands: Operands, plan: TilePlan, mask: TokenMas
     geometry = tiles.make_geometry(problem, plan, choose_config(problem, plan))
     lists = tiles.make_lists(geometry, plan, mask)
     tables = tiles.make_mask_tables(geometry, mask)
-    query = tiles.pad_rows(geometry, operands.query)
+    query = tiles.to_tiles(geometry, operands.query)
     keys = tiles.to_key_blocks(geometry, operands)
 
-    def attend_box(index, carry):
+    def attend_step(index, carry):
         out, lse = carry
-        box = tiles.locate(geometry, index)
-        box_out, box_lse = _attend_box(geometry, box, query, keys, lists, tables)
-        return tiles.write_rows(geometry, box, out, box_out), tiles.write_rows(geometry, box, lse, box_lse)
+        step = tiles.locate(geometry, lists, index)
+        step_out, step_lse = _attend(geometry, step, query, keys, lists, tables)
+        return tiles.write_rows(step, out, step_out), tiles.write_rows(step, lse, step_lse)
 
-    shape = (problem.batch, geometry.padded_q_len, problem.num_q_heads)
-    out = tiles.zeros(geometry, (*shape, problem.value_head_dim), operands.query.dtype, operands)
-    lse = tiles.zeros(geometry, (*shape, 1), geometry.accumulator_dtype, operands)
-    out, lse = jax.lax.fori_loop(0, geometry.num_boxes, attend_box, (out, lse))
-    return out[:, : problem.q_len], lse[:, : problem.q_len, :, 0]
+    out = tiles.zeros((*query.shape[:-1], problem.value_head_dim), operands.query.dtype, operands)
+    lse = tiles.zeros((*query.shape[:-1], 1), geometry.accumulator_dtype, operands)
+    out, lse = jax.lax.fori_loop(0, geometry.num_steps, attend_step, (out, lse))
+    return tiles.from_tiles(geometry, out), tiles.from_tiles(geometry, lse)[..., 0]
 
 
-def _attend_box(geometry, box, query, keys, lists, tables):
-    """out [tiles, heads, rows, value_head_dim] and lse [..., 1] of one box, by online softmax over its chunks."""
-    problem, chunk = geometry.problem, geometry.config.chunk
-    query_rows = tiles.read_rows(geometry, box, query).astype(geometry.matmul_dtype)
+def _attend(geometry, step, query, keys, lists, tables):
+    """out [items, rows, value_head_dim] and lse [items, rows, 1] of one step, by online softmax over its chunks."""
+    query_rows = tiles.read_rows(step, query).astype(geometry.matmul_dtype)
 
     def attend_chunk(c, carry):
         row_max, row_sum, acc = carry
-        part = tiles.read_chunk(geometry, box, keys, lists, tables, c * chunk)
+        part = tiles.read_chunk(geometry, step, keys, lists, tables, c)
         logits, _ = tiles.scores(geometry, query_rows, part.key, part.key_bias)
         logits = jnp.where(part.visible, logits, -jnp.inf)
         new_max = jnp.maximum(row_max, logits.max(-1, keepdims=True))
@@ -51,7 +49,7 @@ def _attend_box(geometry, box, query, keys, lists, tables):
         rescale = jnp.exp(row_max - shift)
         row_sum = row_sum * rescale + probs.sum(-1, keepdims=True)
         product = jnp.einsum(
-            "thrk,thkd->thrd",
+            "irk,ikd->ird",
             probs.astype(geometry.matmul_dtype),
             part.value,
             preferred_element_type=geometry.accumulator_dtype,
@@ -59,8 +57,7 @@ def _attend_box(geometry, box, query, keys, lists, tables):
         return new_max, row_sum, acc * rescale + product
 
     stat = jnp.zeros_like(query_rows[..., :1], geometry.accumulator_dtype)
-    acc = jnp.broadcast_to(stat, (*stat.shape[:-1], problem.value_head_dim))
-    first, end = tiles.chunk_range(geometry, box, lists)
-    row_max, row_sum, acc = jax.lax.fori_loop(first, end, attend_chunk, (stat - jnp.inf, stat, acc))
+    acc = jnp.broadcast_to(stat, (*stat.shape[:-1], geometry.problem.value_head_dim))
+    row_max, row_sum, acc = jax.lax.fori_loop(step.first, step.end, attend_chunk, (stat - jnp.inf, stat, acc))
     out = acc / jnp.where(row_sum == 0, 1, row_sum)
     return out, row_max + jnp.log(row_sum)

@@ -15,21 +15,16 @@ class Config:
     """How much one loop step holds.
 
     Attributes:
-      tiles: query tiles per step.
-      heads: KV heads per step; divides num_kv_heads.
-      chunk: listed KV blocks per step.
+      items: query tiles, each of one batch row and KV head.
+      chunk: listed KV blocks of each item.
     """
 
-    tiles: int
-    heads: int
+    items: int
     chunk: int
 
 
 def choose_config(problem: Problem, plan: TilePlan) -> Config:
-    """Fills a step with heads first, because they share token positions, then with neighbouring tiles."""
     chunk = min(plan.blocks.shape[-1], max(1, _CHUNK_KEYS // problem.kv_block_size))
     scores_per_item = plan.tile_size * problem.group_size * chunk * problem.kv_block_size
-    items = max(1, _STEP_SCORES // scores_per_item)
-    heads = max(h for h in range(1, problem.num_kv_heads + 1) if problem.num_kv_heads % h == 0 and h <= items)
-    tiles = max(1, min(items // heads, plan.num_tiles))
-    return Config(tiles=tiles, heads=heads, chunk=chunk)
+    num_items = problem.batch * problem.num_kv_heads * plan.num_tiles
+    return Config(items=max(1, min(_STEP_SCORES // scores_per_item, num_items)), chunk=chunk)

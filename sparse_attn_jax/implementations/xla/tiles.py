@@ -1,7 +1,8 @@
-"""What one loop step of the XLA implementation reads: a box of query tiles x KV heads, and a chunk of their listed blocks.
+"""What one loop step of the XLA implementation reads: a few query tiles, and a chunk of the blocks that each of them lists.
 
-Shapes: `tiles` x `heads` is the box of a step; a box entry has `tile_size` tokens x `group_size` heads as its rows, and a chunk
-has `chunk` blocks of `kv_block_size` keys.
+An item is one (batch row, KV head, query tile): `tile_size` tokens x `group_size` heads are its rows. A step walks `items` of
+them in lockstep, `chunk` blocks of `kv_block_size` keys at a time. Items go by the length of their lists, so that those of a
+step end together.
 """
 
 import dataclasses
@@ -18,23 +19,26 @@ from sparse_attn_jax.selection import num_blocks
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """Static sizes of the loop over boxes."""
+    """Static sizes of the loop over steps."""
 
     problem: Problem
     config: Config
     tile_size: int
     row_group_tokens: int
     row_group_heads: int
-    num_tiles: int  # rounded up to whole boxes
+    num_tiles: int
 
     @property
     def padded_q_len(self) -> int:
         return self.num_tiles * self.tile_size
 
     @property
-    def num_boxes(self) -> int:
-        problem, config = self.problem, self.config
-        return problem.batch * (problem.num_kv_heads // config.heads) * (self.num_tiles // config.tiles)
+    def num_items(self) -> int:
+        return self.problem.batch * self.problem.num_kv_heads * self.num_tiles
+
+    @property
+    def num_steps(self) -> int:
+        return num_blocks(self.num_items, self.config.items)
 
     @property
     def accumulator_dtype(self):
@@ -47,58 +51,46 @@ class Geometry:
 
 
 @dataclasses.dataclass(frozen=True)
-class Box:
-    """Where a step stands: batch row, first tile, first KV head (traced scalars)."""
+class Step:
+    """The items of one step, int32 [items] each, and the chunks that they walk. A missing item has batch row `batch`."""
 
     batch: jax.Array
-    tile: jax.Array
     head: jax.Array
+    tile: jax.Array
+    first: jax.Array  # int32 scalar, first chunk that any item needs
+    end: jax.Array  # int32 scalar, one past the last
 
 
 def make_geometry(problem: Problem, plan: TilePlan, config: Config) -> Geometry:
-    num_tiles = num_blocks(plan.num_tiles, config.tiles) * config.tiles
-    return Geometry(problem, config, plan.tile_size, plan.row_group_tokens, plan.row_group_heads, num_tiles)
+    return Geometry(problem, config, plan.tile_size, plan.row_group_tokens, plan.row_group_heads, plan.num_tiles)
 
 
-def int32(*start: int | jax.Array) -> list[jax.Array]:
-    """Where a slice starts. Under x64, literals, loop counters and ids would otherwise differ in dtype."""
-    return [jnp.asarray(x, jnp.int32) for x in start]
+# ---- rows: [batch, q_len, num_q_heads, n] <-> tiles [batch, num_tiles, tile_size, num_kv_heads, group_size, n]
 
 
-def locate(geometry: Geometry, index: jax.Array) -> Box:
-    """The box of a flat loop index: tiles innermost, so that neighbouring steps share K and V."""
-    boxes_of_tiles = geometry.num_tiles // geometry.config.tiles
-    boxes_of_heads = geometry.problem.num_kv_heads // geometry.config.heads
-    index, tile = index // boxes_of_tiles, index % boxes_of_tiles
-    batch, head = index // boxes_of_heads, index % boxes_of_heads
-    return Box(batch, tile * geometry.config.tiles, head * geometry.config.heads)
-
-
-# ---- rows: [batch, q_len, num_q_heads, n] <-> [tiles, heads, tile_size * group_size, n] of one box
-
-
-def pad_rows(geometry: Geometry, x: jax.Array, fill: float = 0) -> jax.Array:
+def to_tiles(geometry: Geometry, x: jax.Array, fill: float = 0) -> jax.Array:
+    problem = geometry.problem
     padding = geometry.padded_q_len - x.shape[1]
-    return jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2), constant_values=fill) if padding else x
+    x = jnp.pad(x, [(0, 0), (0, padding), (0, 0), (0, 0)], constant_values=fill) if padding else x
+    heads = (problem.num_kv_heads, problem.group_size)
+    return x.reshape(x.shape[0], geometry.num_tiles, geometry.tile_size, *heads, x.shape[-1])
 
 
-def read_rows(geometry: Geometry, box: Box, x: jax.Array) -> jax.Array:
-    """Rows of a box from x [batch, padded_q_len, num_q_heads, n]."""
-    config, group_size = geometry.config, geometry.problem.group_size
-    tokens, width = config.tiles * geometry.tile_size, x.shape[-1]
-    start = int32(box.batch, box.tile * geometry.tile_size, box.head * group_size, 0)
-    rows = jax.lax.dynamic_slice(x, start, (1, tokens, config.heads * group_size, width))
-    rows = rows.reshape(config.tiles, geometry.tile_size, config.heads, group_size, width).transpose(0, 2, 1, 3, 4)
-    return rows.reshape(config.tiles, config.heads, geometry.tile_size * group_size, width)
+def from_tiles(geometry: Geometry, x: jax.Array) -> jax.Array:
+    problem = geometry.problem
+    return x.reshape(problem.batch, geometry.padded_q_len, problem.num_q_heads, x.shape[-1])[:, : problem.q_len]
 
 
-def write_rows(geometry: Geometry, box: Box, x: jax.Array, rows: jax.Array) -> jax.Array:
-    """The inverse of `read_rows`: x with the rows of a box replaced."""
-    config, group_size = geometry.config, geometry.problem.group_size
-    tokens, width = config.tiles * geometry.tile_size, x.shape[-1]
-    rows = rows.reshape(config.tiles, config.heads, geometry.tile_size, group_size, width).transpose(0, 2, 1, 3, 4)
-    rows = rows.reshape(1, tokens, config.heads * group_size, width).astype(x.dtype)
-    return jax.lax.dynamic_update_slice(x, rows, int32(box.batch, box.tile * geometry.tile_size, box.head * group_size, 0))
+def read_rows(step: Step, x: jax.Array) -> jax.Array:
+    """Rows of a step's items, [items, tile_size * group_size, n], from tiles."""
+    rows = x.at[step.batch, step.tile, :, step.head].get(mode="clip")
+    return rows.reshape(rows.shape[0], -1, rows.shape[-1])
+
+
+def write_rows(step: Step, x: jax.Array, rows: jax.Array) -> jax.Array:
+    """The inverse of `read_rows`: tiles with the rows of a step's items replaced."""
+    rows = rows.reshape(rows.shape[0], x.shape[2], *x.shape[4:]).astype(x.dtype)
+    return x.at[step.batch, step.tile, :, step.head].set(rows, mode="drop")
 
 
 # ---- keys and values: [batch, num_kv_heads, num_kv_blocks + 1, kv_block_size, n]; the last block is where empty slots point
@@ -135,7 +127,7 @@ def to_key_blocks(geometry: Geometry, operands: Operands) -> KeyBlocks:
     )
 
 
-def zeros(geometry: Geometry, shape: tuple[int, ...], dtype, operands: Operands) -> jax.Array:
+def zeros(shape: tuple[int, ...], dtype, operands: Operands) -> jax.Array:
     """Zeros for a loop's carry that vary over the same mesh axes as the operands, as shard_map requires."""
     return compat.vary_like(jnp.zeros(shape, dtype), operands)
 
@@ -143,7 +135,7 @@ def zeros(geometry: Geometry, shape: tuple[int, ...], dtype, operands: Operands)
 def zero_gradients(geometry: Geometry, operands: Operands, keys: KeyBlocks) -> list[jax.Array | None]:
     """Gradients of key, value and bias, [..., n, kv_block_size]: a CPU multiplies into that order at twice the speed."""
     return [
-        None if x is None else zeros(geometry, (*x.shape[:3], x.shape[4], x.shape[3]), geometry.accumulator_dtype, operands)
+        None if x is None else zeros((*x.shape[:3], x.shape[4], x.shape[3]), geometry.accumulator_dtype, operands)
         for x in (keys.key, keys.value, keys.key_bias)
     ]
 
@@ -154,18 +146,16 @@ def from_gradient_blocks(geometry: Geometry, blocks: jax.Array) -> jax.Array:
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, : geometry.problem.kv_len]
 
 
-def read_blocks(box: Box, x: jax.Array, ids: jax.Array) -> jax.Array:
-    """Listed blocks of a box: x blocks, ids [tiles, heads, chunk] -> [tiles, heads, chunk * kv_block_size, n]."""
-    head = box.head + jnp.arange(ids.shape[1], dtype=jnp.int32)
-    blocks = x.at[box.batch, head[:, None], ids].get(mode="clip")
-    return blocks.reshape(*ids.shape[:2], ids.shape[2] * x.shape[3], x.shape[4])
+def read_blocks(step: Step, x: jax.Array, ids: jax.Array) -> jax.Array:
+    """Listed blocks of a step: x blocks, ids [items, chunk] -> [items, chunk * kv_block_size, n]."""
+    blocks = x.at[step.batch[:, None], step.head[:, None], ids].get(mode="clip")
+    return blocks.reshape(ids.shape[0], -1, x.shape[-1])
 
 
-def add_blocks(box: Box, x: jax.Array, ids: jax.Array, update: jax.Array) -> jax.Array:
-    """Adds update [tiles, heads, n, chunk * kv_block_size] to the listed blocks of x [..., n, kv_block_size]."""
-    head = box.head + jnp.arange(ids.shape[1], dtype=jnp.int32)
-    update = update.reshape(*update.shape[:3], ids.shape[2], x.shape[4])
-    return x.at[box.batch, head[:, None], ids].add(jnp.moveaxis(update, 3, 2), mode="drop")
+def add_blocks(step: Step, x: jax.Array, ids: jax.Array, update: jax.Array) -> jax.Array:
+    """Adds update [items, n, chunk * kv_block_size] to the listed blocks of x [..., n, kv_block_size]."""
+    update = update.reshape(*update.shape[:2], ids.shape[1], x.shape[-1]).swapaxes(1, 2)
+    return x.at[step.batch[:, None], step.head[:, None], ids].add(update, mode="drop")
 
 
 # ---- lists
@@ -173,33 +163,42 @@ def add_blocks(box: Box, x: jax.Array, ids: jax.Array, update: jax.Array) -> jax
 
 @dataclasses.dataclass(frozen=True)
 class Lists:
-    """The plan, padded to whole boxes and chunks, with the part of each list that the token mask leaves alive."""
+    """The plan, padded to whole chunks, and the order in which its items are walked."""
 
-    ids: jax.Array  # int32 [batch or 1, heads or 1, num_tiles, capacity], empty slots point at block num_kv_blocks
-    first: jax.Array  # int32 [batch, heads or 1, num_tiles], first slot with a visible key
-    end: jax.Array  # int32, one past the last such slot
+    ids: jax.Array  # int32 [batch or 1, heads or 1, num_tiles, num_chunks, chunk], empty slots point at block num_kv_blocks
     membership: jax.Array | None  # uint32 [..., num_words]
+    item: jax.Array  # int32 [num_steps, items], flat index of (batch row, KV head, tile)
+    first: jax.Array  # int32 [num_steps, items], first chunk in which the token mask may leave a key visible
+    end: jax.Array  # int32 [num_steps, items], one past the last such chunk
 
 
 def make_lists(geometry: Geometry, plan: TilePlan, mask: TokenMask) -> Lists:
-    problem = geometry.problem
+    problem, chunk = geometry.problem, geometry.config.chunk
     alive = _alive_slots(geometry, plan, mask)
-    capacity = plan.blocks.shape[-1]
+    capacity = alive.shape[-1]
     slot = jnp.arange(capacity, dtype=jnp.int32)
-    first = jnp.where(alive, slot, capacity).min(-1)
-    end = jnp.where(alive, slot + 1, 0).max(-1)
+    first = jnp.where(alive, slot, capacity).min(-1) // chunk
+    end = -(-jnp.where(alive, slot + 1, 0).max(-1) // chunk)
+    shape = (problem.batch, problem.num_kv_heads, geometry.num_tiles)
+    first, end = (jnp.broadcast_to(x, shape).reshape(-1) for x in (first, end))
+    item = jnp.argsort(end, stable=True).astype(jnp.int32)
 
-    more_tiles = geometry.num_tiles - plan.num_tiles
-    more_slots = num_blocks(capacity, geometry.config.chunk) * geometry.config.chunk - capacity
-    tiles, slots = (0, more_tiles), (0, more_slots)
-    ids = jnp.where(plan.blocks < 0, problem.num_kv_blocks, plan.blocks)
-    ids = jnp.pad(ids, [(0, 0), (0, 0), tiles, slots], constant_values=problem.num_kv_blocks)
-    first = jnp.pad(first, [(0, 0), (0, 0), tiles], constant_values=capacity)
-    end = jnp.pad(end, [(0, 0), (0, 0), tiles])
-    membership = plan.membership
-    if membership is not None:
-        membership = jnp.pad(membership, [(0, 0), (0, 0), tiles, slots, (0, 0)])
-    return Lists(ids, first, end, membership)
+    def by_step(x, fill):
+        missing = geometry.num_steps * geometry.config.items - geometry.num_items
+        return jnp.pad(x, (0, missing), constant_values=fill).reshape(geometry.num_steps, geometry.config.items)
+
+    def by_chunk(x, fill):
+        more_slots = num_blocks(capacity, chunk) * chunk - capacity
+        x = jnp.pad(x, [(0, 0)] * 3 + [(0, more_slots)] + [(0, 0)] * (x.ndim - 4), constant_values=fill)
+        return x.reshape(*x.shape[:3], -1, chunk, *x.shape[4:])
+
+    return Lists(
+        ids=by_chunk(jnp.where(plan.blocks < 0, problem.num_kv_blocks, plan.blocks), problem.num_kv_blocks),
+        membership=None if plan.membership is None else by_chunk(plan.membership, 0),
+        item=by_step(item, geometry.num_items),
+        first=by_step(first[item], capacity),
+        end=by_step(end[item], 0),
+    )
 
 
 def _alive_slots(geometry: Geometry, plan: TilePlan, mask: TokenMask) -> jax.Array:
@@ -238,25 +237,19 @@ def _ranges(positions: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
     return runs.min(-1), runs.max(-1)
 
 
-def chunk_range(geometry: Geometry, box: Box, lists: Lists) -> tuple[jax.Array, jax.Array]:
-    """First and one past the last chunk that any tile of a box needs."""
-    first, end = read_list(geometry, box, lists.first).min(), read_list(geometry, box, lists.end).max()
-    return first // geometry.config.chunk, -(-end // geometry.config.chunk)
+def locate(geometry: Geometry, lists: Lists, index: jax.Array) -> Step:
+    """The step of a loop index."""
+    item, first, end = (jax.lax.dynamic_index_in_dim(x, index, keepdims=False) for x in (lists.item, lists.first, lists.end))
+    head, tile = item // geometry.num_tiles, item % geometry.num_tiles
+    num_kv_heads = geometry.problem.num_kv_heads
+    return Step(head // num_kv_heads, head % num_kv_heads, tile, first.min(), end.max())
 
 
-def read_list(geometry: Geometry, box: Box, x: jax.Array, slot=None) -> jax.Array:
-    """A box's part of a per-tile array [batch or 1, heads or 1, num_tiles, ...]: [tiles, heads or 1, ...].
-
-    With `slot`, the fourth dimension is cut to the chunk that starts there.
-    """
-    batch = box.batch if x.shape[0] > 1 else 0
-    head = box.head if x.shape[1] > 1 else 0
-    heads = geometry.config.heads if x.shape[1] > 1 else 1
-    start = [batch, head, box.tile] + [0] * (x.ndim - 3)
-    sizes = [1, heads, geometry.config.tiles, *x.shape[3:]]
-    if slot is not None:
-        start[3], sizes[3] = slot, geometry.config.chunk
-    return jnp.swapaxes(jax.lax.dynamic_slice(x, int32(*start), sizes)[0], 0, 1)
+def read_list(step: Step, x: jax.Array, c: jax.Array) -> jax.Array:
+    """Chunk c of the lists of a step's items: x [batch or 1, heads or 1, num_tiles, num_chunks, ...] -> [items, ...]."""
+    batch = step.batch if x.shape[0] > 1 else 0
+    head = step.head if x.shape[1] > 1 else 0
+    return x.at[batch, head, step.tile, c].get(mode="clip")
 
 
 # ---- what a row sees
@@ -264,122 +257,117 @@ def read_list(geometry: Geometry, box: Box, x: jax.Array, slot=None) -> jax.Arra
 
 @dataclasses.dataclass(frozen=True)
 class MaskTables:
-    """The token mask in the layout of boxes and blocks."""
+    """The token mask by tile and block."""
 
-    q_positions: jax.Array  # int32 [batch or 1, padded_q_len]
+    q_positions: jax.Array  # int32 [batch or 1, num_tiles, tile_size]
     kv_positions: jax.Array | None  # int32 [num_kv_blocks + 1, kv_block_size]; None: key j is at position j
-    q_segments: jax.Array | None  # int32 [batch or 1, padded_q_len]
-    kv_segments: jax.Array | None  # int32 [batch or 1, num_kv_blocks + 1, kv_block_size]
+    q_segments: jax.Array | None  # int32 [batch, num_tiles, tile_size]
+    kv_segments: jax.Array | None  # int32 [batch, num_kv_blocks + 1, kv_block_size]
     mask: TokenMask
 
 
 def make_mask_tables(geometry: Geometry, mask: TokenMask) -> MaskTables:
     problem = geometry.problem
-    kv_padding = (problem.num_kv_blocks + 1) * problem.kv_block_size - problem.kv_len
 
-    def blocks(x):
-        x = jnp.pad(x, [(0, 0), (0, kv_padding)])
-        return x.reshape(x.shape[0], problem.num_kv_blocks + 1, problem.kv_block_size)
+    def pad_to(x, *shape):
+        x = jnp.pad(x, [(0, 0), (0, shape[0] * shape[1] - x.shape[1])])
+        return x.reshape(x.shape[0], *shape)
 
+    tiles, blocks = (geometry.num_tiles, geometry.tile_size), (problem.num_kv_blocks + 1, problem.kv_block_size)
     return MaskTables(
-        q_positions=pad_rows(geometry, mask.q_positions),
-        kv_positions=blocks(mask.kv_positions)[0] if problem.varlen else None,
-        q_segments=None if mask.q_segments is None else pad_rows(geometry, mask.q_segments),
-        kv_segments=None if mask.kv_segments is None else blocks(mask.kv_segments),
+        q_positions=pad_to(mask.q_positions, *tiles),
+        kv_positions=pad_to(mask.kv_positions, *blocks)[0] if problem.varlen else None,
+        q_segments=None if mask.q_segments is None else pad_to(mask.q_segments, *tiles),
+        kv_segments=None if mask.kv_segments is None else pad_to(mask.kv_segments, *blocks),
         mask=mask,
     )
 
 
-def visible(geometry: Geometry, box: Box, tables: MaskTables, ids: jax.Array, bits: jax.Array | None) -> jax.Array:
+def visible(geometry: Geometry, step: Step, tables: MaskTables, ids: jax.Array, bits: jax.Array | None) -> jax.Array:
     """Which keys of a chunk each row may attend.
 
     Args:
-      ids: int32 [tiles, heads or 1, chunk].
-      bits: uint32 [tiles, heads or 1, chunk, num_words] membership of the chunk, or `None`.
+      ids: int32 [items, chunk].
+      bits: uint32 [items, chunk, num_words] membership of the chunk, or `None`.
 
     Returns:
-      bool, broadcastable to [tiles, heads, tile_size, group_size, chunk, kv_block_size].
+      bool, broadcastable to [items, tile_size, group_size, chunk, kv_block_size].
     """
     problem, mask = geometry.problem, tables.mask
     key = ids[..., None] * problem.kv_block_size + jnp.arange(problem.kv_block_size, dtype=jnp.int32)
-    key = key[:, :, None, None]  # [tiles, heads or 1, 1, 1, chunk, kv_block_size]
+    key = key[:, None, None]  # [items, 1, 1, chunk, kv_block_size]
     # Empty slots point past the last block, so this also drops them.
     keep = key < problem.kv_len
     if bits is not None:
         keep = keep & _members(geometry, bits)
 
-    q = _read_tokens(geometry, box, tables.q_positions)
-    kv = key if tables.kv_positions is None else tables.kv_positions[ids][:, :, None, None]
+    q = _read_tokens(step, tables.q_positions)
+    kv = key if tables.kv_positions is None else tables.kv_positions[ids][:, None, None]
     if problem.is_causal:
         keep = keep & (kv <= q)
     near = None
     if mask.window_left is not None:
-        near = kv >= q - _read_heads(geometry, box, mask.window_left)
+        near = kv >= q - _read_heads(geometry, step, mask.window_left)
     if mask.window_right is not None:
-        right = kv <= q + _read_heads(geometry, box, mask.window_right)
+        right = kv <= q + _read_heads(geometry, step, mask.window_right)
         near = right if near is None else near & right
     if near is not None and mask.num_sinks is not None:
-        near = near | (kv < _read_heads(geometry, box, mask.num_sinks))
+        near = near | (kv < _read_heads(geometry, step, mask.num_sinks))
     if near is not None:
         keep = keep & near
     if tables.q_segments is not None:
-        q_segment = _read_tokens(geometry, box, tables.q_segments)
-        batch = box.batch if tables.kv_segments.shape[0] > 1 else 0
-        keep = keep & (q_segment == tables.kv_segments[batch][ids][:, :, None, None])
+        batch = step.batch[:, None] if tables.kv_segments.shape[0] > 1 else 0
+        kv_segment = tables.kv_segments.at[batch, ids].get(mode="clip")
+        keep = keep & (_read_tokens(step, tables.q_segments) == kv_segment[:, None, None])
     if mask.predicate is not None:
         # Sequences of a packed batch are told apart by their segment.
-        batch = _read_tokens(geometry, box, tables.q_segments) if problem.varlen else box.batch
-        head = (box.head + jnp.arange(geometry.config.heads, dtype=jnp.int32)) * problem.group_size
-        head = head[:, None] + jnp.arange(problem.group_size, dtype=jnp.int32)
-        keep = keep & mask.predicate(batch, head[:, None, :, None, None], q, kv)
+        batch = _read_tokens(step, tables.q_segments) if problem.varlen else step.batch.reshape(-1, 1, 1, 1, 1)
+        q_heads = jnp.arange(problem.num_q_heads, dtype=jnp.int32)
+        keep = keep & mask.predicate(batch, _read_heads(geometry, step, q_heads), q, kv)
     return keep
 
 
 def _members(geometry: Geometry, bits: jax.Array) -> jax.Array:
-    """Membership words [tiles, heads, chunk, num_words] -> bool [tiles, heads, tile_size, group_size, chunk, 1]."""
-    group_size = geometry.problem.group_size
+    """Membership words [items, chunk, num_words] -> bool [items, tile_size, group_size or 1, chunk, 1]."""
     token_groups = geometry.tile_size // geometry.row_group_tokens
-    head_groups = group_size // geometry.row_group_heads
+    head_groups = geometry.problem.group_size // geometry.row_group_heads
     r = jnp.arange(token_groups * head_groups)
-    word = jnp.moveaxis(bits[..., r // WORD_BITS], -1, 2)  # [tiles, heads, row groups, chunk]
+    word = jnp.swapaxes(bits[..., r // WORD_BITS], 1, 2)  # [items, row groups, chunk]
     member = (word >> (r % WORD_BITS).astype(jnp.uint32)[:, None]) & 1
-    member = member.reshape(*bits.shape[:2], token_groups, head_groups, bits.shape[2], 1) != 0
+    member = member.reshape(bits.shape[0], token_groups, head_groups, bits.shape[1], 1) != 0
     if token_groups > 1 and geometry.row_group_tokens > 1:
-        member = jnp.repeat(member, geometry.row_group_tokens, axis=2)
+        member = jnp.repeat(member, geometry.row_group_tokens, axis=1)
     return member
 
 
-def _read_tokens(geometry: Geometry, box: Box, x: jax.Array) -> jax.Array:
-    """x [batch or 1, padded_q_len] -> [tiles, 1, tile_size, 1, 1, 1] of a box."""
-    batch = box.batch if x.shape[0] > 1 else 0
-    tokens = geometry.config.tiles * geometry.tile_size
-    x = jax.lax.dynamic_slice(x, int32(batch, box.tile * geometry.tile_size), (1, tokens))
-    return x.reshape(geometry.config.tiles, 1, geometry.tile_size, 1, 1, 1)
+def _read_tokens(step: Step, x: jax.Array) -> jax.Array:
+    """x [batch or 1, num_tiles, tile_size] -> [items, tile_size, 1, 1, 1]."""
+    x = x.at[step.batch if x.shape[0] > 1 else 0, step.tile].get(mode="clip")
+    return x[:, :, None, None, None]
 
 
-def _read_heads(geometry: Geometry, box: Box, x: jax.Array) -> jax.Array:
-    """x [num_q_heads] -> [heads, 1, group_size, 1, 1] of a box."""
-    group_size = geometry.problem.group_size
-    x = jax.lax.dynamic_slice(x, int32(box.head * group_size), (geometry.config.heads * group_size,))
-    return x.reshape(geometry.config.heads, 1, group_size, 1, 1)
+def _read_heads(geometry: Geometry, step: Step, x: jax.Array) -> jax.Array:
+    """x [num_q_heads] -> [items, 1, group_size, 1, 1]."""
+    x = x.reshape(-1, geometry.problem.group_size)[step.head]
+    return x[:, None, :, None, None]
 
 
 def scores(geometry: Geometry, query: jax.Array, key: jax.Array, key_bias: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """Logits before the token mask, and their derivative with respect to the scaled product (1.0 without a soft cap).
 
     Args:
-      query: [tiles, heads, rows, head_dim].
-      key: [tiles, heads, keys, head_dim].
-      key_bias: [tiles, heads, keys] or `None`.
+      query: [items, rows, head_dim].
+      key: [items, keys, head_dim].
+      key_bias: [items, keys] or `None`.
     """
     problem = geometry.problem
-    product = jnp.einsum("thrd,thkd->thrk", query, key, preferred_element_type=geometry.accumulator_dtype)
+    product = jnp.einsum("ird,ikd->irk", query, key, preferred_element_type=geometry.accumulator_dtype)
     logits, slope = product * problem.scale, 1.0
     if problem.logits_soft_cap is not None:
         capped = jnp.tanh(logits / problem.logits_soft_cap)
         logits, slope = capped * problem.logits_soft_cap, 1 - capped * capped
     if key_bias is not None:
-        logits = logits + key_bias[:, :, None]
+        logits = logits + key_bias[:, None]
     return logits, slope
 
 
@@ -390,42 +378,39 @@ def scores(geometry: Geometry, query: jax.Array, key: jax.Array, key_bias: jax.A
 class Chunk:
     """The blocks of one step of the inner loop."""
 
-    ids: jax.Array  # int32 [tiles, heads, chunk]
-    key: jax.Array  # [tiles, heads, keys, head_dim], keys = chunk * kv_block_size
-    value: jax.Array  # [tiles, heads, keys, value_head_dim]
-    key_bias: jax.Array | None  # [tiles, heads, keys]
-    visible: jax.Array  # bool [tiles, heads, rows, keys]
+    ids: jax.Array  # int32 [items, chunk]
+    key: jax.Array  # [items, keys, head_dim], keys = chunk * kv_block_size
+    value: jax.Array  # [items, keys, value_head_dim]
+    key_bias: jax.Array | None  # [items, keys]
+    visible: jax.Array  # bool [items, rows, keys]
 
 
-def read_chunk(geometry: Geometry, box: Box, keys: KeyBlocks, lists: Lists, tables: MaskTables, slot: jax.Array) -> Chunk:
-    # The barrier keeps XLA from computing the ids anew in each of the slices that use them.
-    ids = jax.lax.optimization_barrier(read_list(geometry, box, lists.ids, slot))
-    bits = None if lists.membership is None else read_list(geometry, box, lists.membership, slot)
-    all_ids = jnp.broadcast_to(ids, (ids.shape[0], geometry.config.heads, ids.shape[2]))
-    key, value = (read_blocks(box, x, all_ids).astype(geometry.matmul_dtype) for x in (keys.key, keys.value))
+def read_chunk(geometry: Geometry, step: Step, keys: KeyBlocks, lists: Lists, tables: MaskTables, c: jax.Array) -> Chunk:
+    ids = read_list(step, lists.ids, c)
+    bits = None if lists.membership is None else read_list(step, lists.membership, c)
+    key, value = (read_blocks(step, x, ids).astype(geometry.matmul_dtype) for x in (keys.key, keys.value))
 
     def drop_unseen(i, pair):
-        own_ids = jax.lax.optimization_barrier((ids, i))[0]  # else XLA moves this out of a loop that hardly ever runs
-        seen = visible(geometry, box, tables, own_ids, bits).any((2, 3))
-        seen = jnp.broadcast_to(seen, (*all_ids.shape, seen.shape[-1])).reshape(*all_ids.shape[:2], -1, 1)
+        # The barrier keeps XLA from moving this out of a loop that hardly ever runs.
+        own_ids = jax.lax.optimization_barrier((ids, i))[0]
+        seen = visible(geometry, step, tables, own_ids, bits).any((1, 2))
+        seen = jnp.broadcast_to(seen, (*ids.shape, seen.shape[-1])).reshape(ids.shape[0], -1, 1)
         return tuple(jnp.where(seen, x, 0) for x in pair)
 
     # A key that no row of a tile sees must not turn into 0 * NaN. Rarely needed, and the reduction over rows is not free: a
     # loop of no or one step costs nothing in the usual case, where a conditional would copy its operands.
     key, value = jax.lax.fori_loop(0, keys.num_repairs, drop_unseen, (key, value))
-    bias = keys.key_bias
     return Chunk(
-        ids=all_ids,
+        ids=ids,
         key=key,
         value=value,
-        key_bias=None if bias is None else read_blocks(box, bias, all_ids)[..., 0],
-        visible=broadcast_visible(geometry, visible(geometry, box, tables, ids, bits)),
+        key_bias=None if keys.key_bias is None else read_blocks(step, keys.key_bias, ids)[..., 0],
+        visible=_rows_visible(geometry, visible(geometry, step, tables, ids, bits)),
     )
 
 
-def broadcast_visible(geometry: Geometry, keep: jax.Array) -> jax.Array:
-    """`visible`'s result as bool [tiles, heads, rows, keys]."""
-    config, problem = geometry.config, geometry.problem
-    box = (config.tiles, config.heads, geometry.tile_size, problem.group_size)
-    keep = jnp.broadcast_to(keep, (*box, *keep.shape[-2:]))
-    return keep.reshape(*box[:2], geometry.tile_size * problem.group_size, -1)
+def _rows_visible(geometry: Geometry, keep: jax.Array) -> jax.Array:
+    """`visible`'s result as bool [items, rows, keys]."""
+    items, tile_size, group_size = keep.shape[0], geometry.tile_size, geometry.problem.group_size
+    keep = jnp.broadcast_to(keep, (items, tile_size, group_size, *keep.shape[3:]))
+    return keep.reshape(items, tile_size * group_size, -1)
