@@ -1,6 +1,7 @@
 """Differences between JAX versions: the only module that may look at private or renamed names."""
 
 import jax
+import jax.numpy as jnp
 
 
 def vary_like(x: jax.Array, like) -> jax.Array:
@@ -16,3 +17,18 @@ def vary_like(x: jax.Array, like) -> jax.Array:
 def varying_axes(x: jax.Array) -> frozenset[str]:
     """The mesh axes over which x differs between devices, inside `shard_map`."""
     return jax.typeof(x).manual_axis_type.varying
+
+
+# JAX 0.10 gathers and scatters 16-bit floats on a CPU by way of a float32 copy of the whole array, but not their bits.
+_STORES_BITS = jax.__version_info__ < (0, 11)
+
+
+def to_bits(x: jax.Array) -> jax.Array:
+    """x in the dtype in which to gather from it: uint16 for a 16-bit float where JAX needs that, else its own."""
+    is_short = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 2
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if _STORES_BITS and is_short else x
+
+
+def from_bits(x: jax.Array, dtype) -> jax.Array:
+    """The inverse of `to_bits`, for an x whose dtype was `dtype` if it was a 16-bit float."""
+    return jax.lax.bitcast_convert_type(x, dtype) if x.dtype == jnp.uint16 else x

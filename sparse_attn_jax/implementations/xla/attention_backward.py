@@ -39,7 +39,7 @@ def backward(
         d_query, d_blocks = carry
         step = tiles.locate(geometry, lists, index)
         d_rows, d_blocks = _backward(geometry, step, rows, keys, lists, tables, d_blocks)
-        return tiles.write_rows(step, d_query, d_rows), d_blocks
+        return tiles.write_rows(step, d_query, d_rows.astype(operands.query.dtype)), d_blocks
 
     d_query = tiles.zeros(rows[0].shape, operands.query.dtype, operands)
     d_blocks = tiles.zero_gradients(geometry, operands, keys)
@@ -55,7 +55,7 @@ def backward(
 
 def _backward(geometry, step, rows, keys, lists, tables, d_blocks):
     """Query gradient [items, rows, head_dim] of one step; its key, value and bias gradients are added to `d_blocks`."""
-    query, d_out, lse, delta = (tiles.read_rows(step, x) for x in rows)
+    query, d_out, lse, delta = (tiles.read_rows(geometry, step, x) for x in rows)
     # A row that saw nothing contributes nothing, whatever its query or cotangent holds.
     seen = lse > -jnp.inf
     query = jnp.where(seen, query, 0).astype(geometry.matmul_dtype)

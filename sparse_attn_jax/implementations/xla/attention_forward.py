@@ -26,7 +26,7 @@ def forward(problem: Problem, operands: Operands, plan: TilePlan, mask: TokenMas
         out, lse = carry
         step = tiles.locate(geometry, lists, index)
         step_out, step_lse = _attend(geometry, step, query, keys, lists, tables)
-        return tiles.write_rows(step, out, step_out), tiles.write_rows(step, lse, step_lse)
+        return tiles.write_rows(step, out, step_out.astype(operands.query.dtype)), tiles.write_rows(step, lse, step_lse)
 
     out = tiles.zeros((*query.shape[:-1], problem.value_head_dim), operands.query.dtype, operands)
     lse = tiles.zeros((*query.shape[:-1], 1), geometry.accumulator_dtype, operands)
@@ -36,7 +36,7 @@ def forward(problem: Problem, operands: Operands, plan: TilePlan, mask: TokenMas
 
 def _attend(geometry, step, query, keys, lists, tables):
     """out [items, rows, value_head_dim] and lse [items, rows, 1] of one step, by online softmax over its chunks."""
-    query_rows = tiles.read_rows(step, query).astype(geometry.matmul_dtype)
+    query_rows = tiles.read_rows(geometry, step, query).astype(geometry.matmul_dtype)
 
     def attend_chunk(c, carry):
         row_max, row_sum, acc = carry
