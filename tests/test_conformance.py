@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import sparse_attn_jax as sa
+from sparse_attn_jax.implementations.xla import config
 from sparse_attn_jax.testing import compare, oracle
 from sparse_attn_jax.testing.cases import CASES, Case, case_named
 from sparse_attn_jax.testing.inputs import Inputs, hostile_indices, make_inputs
@@ -65,6 +66,14 @@ def assert_bitwise_equal(actual: compare.Results, expected: compare.Results) -> 
 # --- conformance ---
 
 
+@pytest.fixture
+def small_steps(monkeypatch):
+    """Cases are small: at its usual step size, `xla` would walk nearly all of them in one step of one chunk."""
+    monkeypatch.setattr(config, "STEP_SCORES", 2**12)
+    monkeypatch.setattr(config, "CHUNK_KEYS", 32)
+
+
+@pytest.mark.usefixtures("small_steps")
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_attention_matches_oracle(case: Case, implementation: str):
