@@ -1,8 +1,8 @@
 """Block-sparse flash attention, backward, in XLA: the forward's walk, with probabilities recomputed from the lse.
 
 One pass over the query tiles gives all gradients: dK, dV and the bias gradient are added block by block to float32 arrays the
-size of K and V. The loop is sequential, so the result is deterministic on a CPU; a GPU's scatter-add within one step is so under
-`--xla_gpu_deterministic_ops`.
+size of K and V. The loop is sequential, so the result is deterministic on a CPU; on a GPU the scatter-add within one step is so
+under `--xla_gpu_deterministic_ops`.
 """
 
 import jax
