@@ -1,4 +1,4 @@
-"""Prepares, checks and times all contenders on one workload."""
+"""Prepares, checks and times all contenders on one workload, or on several in the same rounds."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ class Settings:
 
     Attributes:
       repeats: rounds of the interleaved timing.
-      seconds: after this long no further round starts, once there are three.
+      seconds: after this long, for each workload timed together, no further round starts, once there are three.
       seed: of the sampled queries.
       matmul_size: edge of the square product that speeds are compared with.
     """
@@ -72,24 +72,46 @@ class Outcome:
     density: float
 
 
-def measure(workload: Workload, contenders: Sequence[Contender], modes: Sequence[str], settings: Settings) -> Outcome:
-    """Checks every contender in every mode and times those that are right, interleaved."""
-    case = workload.case
-    with jax.enable_x64(case.dtype == "float64"):
-        progress.say(f"{case.name}: making inputs")
-        made = workload.make_inputs()
-        checker = Checker(workload, made, settings.seed)
-        rows, calls = [], {}
-        for contender, mode in entries(contenders, modes):
-            progress.say(f"{case.name}: compiling and checking {contender.name} {mode}")
-            row, prepared = prepare_row(workload, made, checker, contender, mode)
-            rows.append(row)
-            if row.status == TIMED:
-                calls[f"{row.contender} {row.mode}"] = prepared.call
-        matmul_seconds = time_rows(rows, calls, made, settings, case.name)
+def measure(
+    workloads: Sequence[Workload], contenders: Sequence[Contender], modes: Sequence[str], settings: Settings
+) -> list[Outcome]:
+    """Checks every contender in every mode and times those that are right, all workloads in the same rounds.
+
+    Raises:
+      ValueError: float64 workloads together with others; they need different settings of JAX.
+    """
+    uses_x64 = {workload.case.dtype == "float64" for workload in workloads}
+    if len(uses_x64) > 1:
+        raise ValueError("`workloads` has float64 and other dtypes; measure them one by one.")
+    with jax.enable_x64(uses_x64.pop()):
+        made = [make_inputs(workload) for workload in workloads]
+        checked = [check(*pair, contenders, modes, settings.seed) for pair in zip(workloads, made)]
+        matmul_seconds = time_rows(checked, made[0].dtype, settings)
         matmul_tflops = 2e-12 * settings.matmul_size**3 / matmul_seconds if matmul_seconds else None
-        add_rates(rows, contenders, made, matmul_tflops)
-        return Outcome(workload, rows, matmul_tflops, float(made.selection.density(case.kv_len)))
+        outcomes = []
+        for workload, inputs, lines in zip(workloads, made, checked):
+            rows = [row for row, _ in lines]
+            add_rates(rows, contenders, inputs, matmul_tflops)
+            density = float(inputs.selection.density(workload.case.kv_len))
+            outcomes.append(Outcome(workload, rows, matmul_tflops, density))
+        return outcomes
+
+
+def make_inputs(workload: Workload) -> Inputs:
+    progress.say(f"{workload.case.name}: making inputs")
+    return workload.make_inputs()
+
+
+def check(
+    workload: Workload, made: Inputs, contenders: Sequence[Contender], modes: Sequence[str], seed: int
+) -> list[tuple[Row, Prepared | None]]:
+    """A line per contender and mode, not timed yet, and what to time."""
+    checker = Checker(workload, made, seed)
+    lines = []
+    for contender, mode in entries(contenders, modes):
+        progress.say(f"{workload.case.name}: compiling and checking {contender.name} {mode}")
+        lines.append(prepare_row(workload, made, checker, contender, mode))
+    return lines
 
 
 def entries(contenders: Sequence[Contender], modes: Sequence[str]) -> Iterator[tuple[Contender, str]]:
@@ -127,16 +149,20 @@ def first_line(error: Exception) -> str:
     return traceback.format_exception_only(error)[0].strip().split(": ", 1)[-1].splitlines()[0]
 
 
-def time_rows(rows: list[Row], calls: dict, made: Inputs, settings: Settings, title: str) -> float | None:
+def time_rows(checked: Sequence[list[tuple[Row, Prepared | None]]], dtype: str, settings: Settings) -> float | None:
     """Fills in the times, and returns the matmul's median; `None` if there is nothing to time."""
-    if not calls:
+    timed = {
+        f"{number}. {row.case}, {row.contender} {row.mode}": (row, prepared.call)
+        for number, lines in enumerate(checked, 1)
+        for row, prepared in lines
+        if row.status == TIMED
+    }
+    if not timed:
         return None
-    calls = calls | {MATMUL: make_matmul(settings.matmul_size, made.dtype)}
-    times = timing.time_interleaved(calls, repeats=settings.repeats, seconds=settings.seconds, title=title)
-    for row in rows:
-        if row.status == TIMED:
-            samples = times[f"{row.contender} {row.mode}"]
-            vars(row).update(timing.percentiles_ms(samples), repeats=len(samples))
+    calls = {name: call for name, (_, call) in timed.items()} | {MATMUL: make_matmul(settings.matmul_size, dtype)}
+    times = timing.time_interleaved(calls, repeats=settings.repeats, seconds=settings.seconds * len(checked))
+    for name, (row, _) in timed.items():
+        vars(row).update(timing.percentiles_ms(times[name]), repeats=len(times[name]))
     return float(np.median(times[MATMUL]))
 
 

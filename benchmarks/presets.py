@@ -13,13 +13,18 @@ BOTH_PASSES = (FORWARD, FORWARD_BACKWARD)
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """Workloads with the same contenders."""
+    """Workloads with the same contenders.
+
+    Attributes:
+      is_sweep: time all workloads in the same rounds, which makes ratios between them fair.
+    """
 
     title: str
     workloads: tuple[Workload, ...]
     contenders: tuple[Contender, ...]
     modes: tuple[str, ...]
     goal: str = ""
+    is_sweep: bool = False
 
 
 def make_contenders(op: str, implementations, baselines, dense_max_len: int) -> tuple[Contender, ...]:
@@ -42,7 +47,7 @@ def make_baseline(name: str, dense_max_len: int) -> Contender:
 
 
 def readme_sections(seed: int, implementations, dense_max_len: int) -> list[Section]:
-    """The README's table, for two CPU cores: about fifteen minutes."""
+    """The README's table, for two CPU cores: about ten minutes."""
     common = dict(batch=1, head_dim=64, kv_len=None, kv_block_size=64, is_causal=True, dtype="float32", seed=seed)
     grouped = dict(num_q_heads=8, num_kv_heads=2, q_block_size=1, **common)
     blocks = sized_case(q_len=8192, num_q_heads=4, num_kv_heads=4, q_block_size=64, num_slots=8, indices="local", **common)
@@ -72,6 +77,7 @@ def readme_sections(seed: int, implementations, dense_max_len: int) -> list[Sect
             contenders("attention", ()),
             BOTH_PASSES,
             "grows at most 2.3x per doubling",
+            is_sweep=True,
         ),
         Section(
             "Selection against the attention it selects for",

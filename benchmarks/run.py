@@ -2,7 +2,7 @@
 
 Every contender's result is first checked against the definition in float64 (on sampled queries where sizes are large); one
 that is wrong is reported, not timed, and the exit status is 1. The others are timed in turn, round after round, on random
-data. A baseline that cannot run says why in the table.
+data; a sweep of lengths is timed in the same rounds. A baseline that cannot run says why in the table.
 
 Baselines: dense-xla and dense-cudnn are jax.nn.dot_product_attention, torch-sdpa is scaled_dot_product_attention (all three
 attend to everything that causality allows); torch-flex is compiled flex_attention on the very same selection.
@@ -66,7 +66,7 @@ flags.DEFINE_enum("mode", "both", [FORWARD, FORWARD_BACKWARD, "both"], "Which pa
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16", "float64"], "Of query, key and value.")
 flags.DEFINE_enum("generator", "realistic", ["random", "realistic", "local"], "How lists are drawn, or a selector's data.")
 flags.DEFINE_integer("repeats", 10, "Rounds of timing.", lower_bound=1)
-flags.DEFINE_float("time_limit", 60.0, "Seconds per workload after which no round starts, once there are three.")
+flags.DEFINE_float("time_limit", 60.0, "Seconds of timing per workload after which no round starts, once there are three.")
 flags.DEFINE_integer("dense_max_len", 16384, "Dense baselines run up to this length (and only if they fit into memory).")
 flags.DEFINE_integer("matmul_size", 2048, "Edge of the square matmul that speeds are compared with.", lower_bound=1)
 flags.DEFINE_integer("seed", 0, "Of all data.")
@@ -122,7 +122,8 @@ def section_of_flags() -> Section:
         modes = (FORWARD,)
     if FLAGS.cases:
         return Section("Named cases", tuple(named_workload(name, FLAGS.seed) for name in FLAGS.cases), contenders, modes)
-    return Section(f"--op={FLAGS.op}", tuple(sized_workload(int(q_len)) for q_len in FLAGS.q_len), contenders, modes)
+    workloads = tuple(sized_workload(int(q_len)) for q_len in FLAGS.q_len)
+    return Section(f"--op={FLAGS.op}", workloads, contenders, modes, is_sweep=True)
 
 
 def sized_workload(q_len: int) -> Workload:
@@ -154,9 +155,10 @@ def run_section(section: Section, settings: Settings) -> list[Outcome]:
     """Measures a section, printing each table as soon as it is there."""
     print(f"\n## {section.title}\n" + (f"Goal: {section.goal}.\n" if section.goal else ""), flush=True)
     outcomes = []
-    for workload in section.workloads:
-        outcomes.append(measure(workload, section.contenders, section.modes, settings))
-        print(f"{report.format_outcome(outcomes[-1], settings.matmul_size)}\n", flush=True)
+    for workloads in [section.workloads] if section.is_sweep else [(workload,) for workload in section.workloads]:
+        for outcome in measure(workloads, section.contenders, section.modes, settings):
+            outcomes.append(outcome)
+            print(f"{report.format_outcome(outcome, settings.matmul_size)}\n", flush=True)
     print("\n".join(f"- {line}" for line in report.summarize(outcomes)), flush=True)
     return outcomes
 

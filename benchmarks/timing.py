@@ -17,19 +17,18 @@ SETTLE_SECONDS = 0.01
 Call = Callable[[], None]  # runs once, and returns when the result is there
 
 
-def time_interleaved(calls: dict[str, Call], *, repeats: int, seconds: float, title: str) -> dict[str, list[float]]:
+def time_interleaved(calls: dict[str, Call], *, repeats: int, seconds: float) -> dict[str, list[float]]:
     """Seconds per call of every contender, one sample in each round, after a warm-up.
 
     Args:
       calls: by name.
       repeats: rounds.
       seconds: no round starts later than this, once there are three.
-      title: what the progress is called.
     """
     counts = {name: calls_per_sample(call) for name, call in calls.items()}
     samples = {name: [] for name in calls}
     names = list(calls)
-    progress = Progress(repeats * len(calls), title)
+    progress = Progress(repeats * len(calls), "timing")
     started = time.monotonic()
     for round_number in range(repeats):
         if round_number >= MIN_ROUNDS and time.monotonic() - started > seconds:

@@ -225,11 +225,27 @@ def test_mask_of_sampled_rows(name):
 def test_contenders_take_turns():
     order = []
     calls = {name: lambda name=name: order.append(name) or timing.time.sleep(3e-3) for name in "abc"}
-    samples = timing.time_interleaved(calls, repeats=3, seconds=60, title="turns")
+    samples = timing.time_interleaved(calls, repeats=3, seconds=60)
     assert {name: len(times) for name, times in samples.items()} == dict(a=3, b=3, c=3)
     assert "".join(order[6:]) == "abcbcacab"  # after two calls each: a warm-up, and the number of calls per sample
-    samples = timing.time_interleaved(calls, repeats=50, seconds=0, title="turns")
+    samples = timing.time_interleaved(calls, repeats=50, seconds=0)
     assert {len(times) for times in samples.values()} == {timing.MIN_ROUNDS}
+
+
+def test_lengths_of_a_sweep_take_turns(tmp_path, monkeypatch):
+    timed_together = []
+    time_interleaved = timing.time_interleaved
+
+    def record(calls, **settings):
+        timed_together.append(list(calls))
+        return time_interleaved(calls, **settings)
+
+    monkeypatch.setattr(timing, "time_interleaved", record)
+    # Twice the same length: their times must not end up in one line.
+    status, data = run_cli(tmp_path, *SMALL, "--q_len=64,128,64", "--baselines=", "--mode=forward")
+    assert status == 0 and [row["q_len"] for row in rows_of(data)] == [64, 128, 64]
+    ((*lines, matmul),) = timed_together
+    assert len(lines) == 3 and matmul == "matmul"
 
 
 def test_growth_is_per_doubling():
