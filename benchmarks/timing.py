@@ -11,8 +11,9 @@ from benchmarks.progress import Progress
 MIN_SAMPLE_SECONDS = 2e-3
 LONG_CALL_SECONDS = 0.5
 MIN_ROUNDS = 3
-# The thread pool of the contender before spins for a while after its last task.
-SETTLE_SECONDS = 0.01
+# The contender before is left time to end: its threads spin for a while, and gigabytes go back to the system in the background.
+SETTLE_SECONDS = (0.01, 2.0)
+SETTLE_SHARE = 0.2
 
 Call = Callable[[], None]  # runs once, and returns when the result is there
 
@@ -49,11 +50,12 @@ def calls_per_sample(call: Call) -> int:
 
 def time_sample(call: Call, count: int) -> float:
     """Seconds per call, over `count` calls one after another."""
-    time.sleep(SETTLE_SECONDS)
     start = time.perf_counter()
     for _ in range(count):
         call()
-    return (time.perf_counter() - start) / count
+    seconds = time.perf_counter() - start
+    time.sleep(min(max(SETTLE_SHARE * seconds, SETTLE_SECONDS[0]), SETTLE_SECONDS[1]))
+    return seconds / count
 
 
 def percentiles_ms(seconds: list[float]) -> dict[str, float]:
