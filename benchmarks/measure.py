@@ -33,7 +33,7 @@ class Settings:
       matmul_size: edge of the square product that speeds are compared with.
     """
 
-    repeats: int = 10
+    repeats: int = 20
     seconds: float = 60.0
     seed: int = 0
     matmul_size: int = 2048

@@ -65,7 +65,7 @@ flags.DEFINE_boolean("causal", True, "Whether queries see only keys up to their 
 flags.DEFINE_enum("mode", "both", [FORWARD, FORWARD_BACKWARD, "both"], "Which passes to time.")
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16", "float64"], "Of query, key and value.")
 flags.DEFINE_enum("generator", "realistic", ["random", "realistic", "local"], "How lists are drawn, or a selector's data.")
-flags.DEFINE_integer("repeats", 10, "Rounds of timing.", lower_bound=1)
+flags.DEFINE_integer("repeats", 20, "Rounds of timing.", lower_bound=1)
 flags.DEFINE_float("time_limit", 60.0, "Seconds of timing per workload after which no round starts, once there are three.")
 flags.DEFINE_integer("dense_max_len", 16384, "Dense baselines run up to this length (and only if they fit into memory).")
 flags.DEFINE_integer("matmul_size", 2048, "Edge of the square matmul that speeds are compared with.", lower_bound=1)

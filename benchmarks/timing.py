@@ -1,5 +1,6 @@
 """Times several contenders in turn, so that a change of the machine's mood meets them all."""
 
+import random
 import time
 from collections.abc import Callable
 
@@ -8,54 +9,59 @@ import numpy as np
 from benchmarks.progress import Progress
 
 # A sample shorter than this is made of several calls.
-MIN_SAMPLE_SECONDS = 2e-3
-LONG_CALL_SECONDS = 0.5
+MIN_SAMPLE_SECONDS = 0.1
 MIN_ROUNDS = 3
-# The contender before is left time to end: its threads spin for a while, and gigabytes go back to the system in the background.
-SETTLE_SECONDS = (0.01, 2.0)
-SETTLE_SHARE = 0.2
+# A call shorter than this is made once more before each sample, untimed: it pays for what the contender before left behind, cold
+# caches, threads that spin, and memory that XLA's threads give back only when they get new work (a second for 10 GiB).
+SHORT_CALL_SECONDS = 1.0
+SETTLE_SECONDS = 0.01
 
 Call = Callable[[], None]  # runs once, and returns when the result is there
 
 
 def time_interleaved(calls: dict[str, Call], *, repeats: int, seconds: float) -> dict[str, list[float]]:
-    """Seconds per call of every contender, one sample in each round, after a warm-up.
+    """Seconds per call of every contender, one sample in each round, after a warm-up. The order changes from round to round.
 
     Args:
       calls: by name.
       repeats: rounds.
       seconds: no round starts later than this, once there are three.
     """
-    counts = {name: calls_per_sample(call) for name, call in calls.items()}
+    expected = {name: warm_up(call) for name, call in calls.items()}
     samples = {name: [] for name in calls}
-    names = list(calls)
+    order = random.Random(0)
     progress = Progress(repeats * len(calls), "timing")
     started = time.monotonic()
     for round_number in range(repeats):
         if round_number >= MIN_ROUNDS and time.monotonic() - started > seconds:
             break
-        first = round_number % len(names)
-        for name in names[first:] + names[:first]:
-            samples[name].append(time_sample(calls[name], counts[name]))
+        for name in order.sample(list(calls), len(calls)):
+            samples[name].append(sample(calls[name], expected[name]))
             progress.step(name)
     progress.close()
     return samples
 
 
-def calls_per_sample(call: Call) -> int:
-    """Warms up, twice if that is cheap."""
-    first = time_sample(call, 1)
-    return 1 if first > LONG_CALL_SECONDS else max(1, round(MIN_SAMPLE_SECONDS / time_sample(call, 1)))
+def warm_up(call: Call) -> float:
+    """Seconds that a call takes; the second call's where that is cheap."""
+    first = time_calls(call, 1)
+    return first if first > SHORT_CALL_SECONDS else time_calls(call, 1)
 
 
-def time_sample(call: Call, count: int) -> float:
+def sample(call: Call, expected: float) -> float:
+    """Seconds per call; `expected`: about how many that will be."""
+    time.sleep(SETTLE_SECONDS)
+    if expected < SHORT_CALL_SECONDS:
+        call()
+    return time_calls(call, max(1, round(MIN_SAMPLE_SECONDS / expected)))
+
+
+def time_calls(call: Call, count: int) -> float:
     """Seconds per call, over `count` calls one after another."""
     start = time.perf_counter()
     for _ in range(count):
         call()
-    seconds = time.perf_counter() - start
-    time.sleep(min(max(SETTLE_SHARE * seconds, SETTLE_SECONDS[0]), SETTLE_SECONDS[1]))
-    return seconds / count
+    return (time.perf_counter() - start) / count
 
 
 def percentiles_ms(seconds: list[float]) -> dict[str, float]:

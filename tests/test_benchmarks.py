@@ -222,14 +222,31 @@ def test_mask_of_sampled_rows(name):
     np.testing.assert_array_equal(checks.mask_of_rows(made, rows, is_dense=False), compare.mask_of(made)[:, :, rows])
 
 
-def test_contenders_take_turns():
+def test_contenders_take_turns(monkeypatch):
+    monkeypatch.setattr(timing, "MIN_SAMPLE_SECONDS", 2e-3)
     order = []
     calls = {name: lambda name=name: order.append(name) or timing.time.sleep(3e-3) for name in "abc"}
-    samples = timing.time_interleaved(calls, repeats=3, seconds=60)
-    assert {name: len(times) for name, times in samples.items()} == dict(a=3, b=3, c=3)
-    assert "".join(order[6:]) == "abcbcacab"  # after two calls each: a warm-up, and the number of calls per sample
-    samples = timing.time_interleaved(calls, repeats=50, seconds=0)
-    assert {len(times) for times in samples.values()} == {timing.MIN_ROUNDS}
+    samples = timing.time_interleaved(calls, repeats=12, seconds=60)
+    assert {name: len(times) for name, times in samples.items()} == dict(a=12, b=12, c=12)
+    assert "".join(order[:6]) == "aabbcc"  # a warm-up, and a call that says how many make a sample
+    assert order[6::2] == order[7::2]  # one call to settle, one to time
+    rounds = ["".join(order[start : start + 6 : 2]) for start in range(6, len(order), 6)]
+    assert {"".join(sorted(one)) for one in rounds} == {"abc"}
+    assert len(set(rounds)) > 3, "the order must change, or one contender always follows the same other"
+    assert all(2e-3 < seconds < 1 for times in samples.values() for seconds in times)
+
+
+def test_timing_stops_when_its_time_is_over():
+    samples = timing.time_interleaved({"a": lambda: timing.time.sleep(1e-3)}, repeats=50, seconds=0)
+    assert len(samples["a"]) == timing.MIN_ROUNDS
+
+
+def test_long_calls_are_not_repeated(monkeypatch):
+    monkeypatch.setattr(timing, "MIN_SAMPLE_SECONDS", 2e-3)
+    monkeypatch.setattr(timing, "SHORT_CALL_SECONDS", 1e-3)
+    made = []
+    timing.time_interleaved({"a": lambda: made.append(1) or timing.time.sleep(3e-3)}, repeats=3, seconds=60)
+    assert len(made) == 1 + 3
 
 
 def test_lengths_of_a_sweep_take_turns(tmp_path, monkeypatch):
