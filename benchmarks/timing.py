@@ -11,8 +11,8 @@ from benchmarks.progress import Progress
 # A sample shorter than this is made of several calls.
 MIN_SAMPLE_SECONDS = 0.1
 MIN_ROUNDS = 3
-# A call shorter than this is made once more before each sample, untimed: it pays for what the contender before left behind, cold
-# caches, threads that spin, and memory that XLA's threads give back only when they get new work (a second for 10 GiB).
+# A call shorter than this is made once more before each sample, untimed: it pays for what the contender before left behind,
+# cold caches, threads that spin, and memory that XLA's threads give back only when they get new work (a second for 10 GiB).
 SHORT_CALL_SECONDS = 1.0
 SETTLE_SECONDS = 0.01
 
