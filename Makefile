@@ -11,6 +11,7 @@ ARGS ?=
 
 bin := $(VENV)/bin
 ready := $(VENV)/.ready
+cpp := $(shell find csrc -name '*.h' -o -name '*.cc' -o -name '*.cuh' -o -name '*.cu')
 
 .PHONY: help setup demo test lint format bench bazel-test clean
 .DEFAULT_GOAL := help
@@ -40,10 +41,12 @@ test: $(ready)
 lint: $(ready)
 	$(bin)/ruff check $(ARGS) .
 	$(bin)/ruff format --check $(ARGS) .
+	$(bin)/clang-format --dry-run -Werror $(cpp)
 
 format: $(ready)
 	$(bin)/ruff check --fix $(ARGS) .
 	$(bin)/ruff format $(ARGS) .
+	$(bin)/clang-format -i $(cpp)
 
 bench: $(ready)
 	$(bin)/python -m benchmarks.run $(ARGS)

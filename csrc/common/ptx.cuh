@@ -1,0 +1,290 @@
+// One function per instruction that every architecture has. Device code uses these, and nothing
+// else, to touch memory, other threads, or the special function units: on a CPU the same functions
+// are those of the simulator.
+//
+// Shared memory is addressed by 32-bit byte offsets, as the instructions do it.
+#pragma once
+
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#define SPARSE_ATTN_HOST_SIM 0
+// The call's place in the source, which the simulator reports: a last parameter, and what hands it
+// on.
+#define SPARSE_ATTN_AT
+#define SPARSE_ATTN_ONLY_AT
+#define SPARSE_ATTN_HERE
+#else
+#include <array>
+#include <bit>
+#include <cstring>
+#include <source_location>
+
+#include "host_sim/cuda.h"
+#define SPARSE_ATTN_HOST_SIM 1
+#define SPARSE_ATTN_ONLY_AT std::source_location location = std::source_location::current()
+#define SPARSE_ATTN_AT , SPARSE_ATTN_ONLY_AT
+#define SPARSE_ATTN_HERE , location
+#endif
+
+namespace sparse_attn::ptx {
+
+constexpr std::uint32_t kAllLanes = 0xffffffff;
+
+__device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x % 32); }
+__device__ __forceinline__ int warp_index() { return static_cast<int>(threadIdx.x / 32); }
+
+// ---- Global memory. T has 1, 2, 4, 8 or 16 bytes and the pointer is aligned to them.
+
+template <class T>
+__device__ __forceinline__ T load_global(const T* from SPARSE_ATTN_AT) {
+#if SPARSE_ATTN_HOST_SIM
+  ::host_sim::check_global(from, sizeof(T), ::host_sim::Access::kRead, location);
+#endif
+  return *from;
+}
+
+template <class T>
+__device__ __forceinline__ void store_global(T* to, T value SPARSE_ATTN_AT) {
+#if SPARSE_ATTN_HOST_SIM
+  ::host_sim::check_global(to, sizeof(T), ::host_sim::Access::kWrite, location);
+#endif
+  *to = value;
+}
+
+// Returns what was there before.
+__device__ __forceinline__ int atomic_add_global(int* to, int value SPARSE_ATTN_AT) {
+#if SPARSE_ATTN_HOST_SIM
+  ::host_sim::check_global(to, sizeof(int), ::host_sim::Access::kAtomic, location);
+  const int before = *to;
+  *to = before + value;
+  return before;
+#else
+  return atomicAdd(to, value);
+#endif
+}
+
+// ---- Shared memory.
+
+#if !SPARSE_ATTN_HOST_SIM
+extern __shared__ __align__(1024) unsigned char shared_memory[];
+#endif
+
+// Where the dynamic shared memory starts.
+__device__ __forceinline__ std::uint32_t shared_base() {
+#if SPARSE_ATTN_HOST_SIM
+  return 0;
+#else
+  return static_cast<std::uint32_t>(__cvta_generic_to_shared(shared_memory));
+#endif
+}
+
+template <class T>
+__device__ __forceinline__ T load_shared(std::uint32_t from SPARSE_ATTN_AT) {
+#if SPARSE_ATTN_HOST_SIM
+  T value;
+  std::memcpy(&value, ::host_sim::at_shared(from, sizeof(T), ::host_sim::Access::kRead, location),
+              sizeof(T));
+  return value;
+#else
+  return *reinterpret_cast<const T*>(__cvta_shared_to_generic(from));
+#endif
+}
+
+template <class T>
+__device__ __forceinline__ void store_shared(std::uint32_t to, T value SPARSE_ATTN_AT) {
+#if SPARSE_ATTN_HOST_SIM
+  std::memcpy(::host_sim::at_shared(to, sizeof(T), ::host_sim::Access::kWrite, location), &value,
+              sizeof(T));
+#else
+  *reinterpret_cast<T*>(__cvta_shared_to_generic(to)) = value;
+#endif
+}
+
+// ---- Other threads.
+
+// All threads of the CTA wait for each other; orders their accesses to shared and global memory.
+__device__ __forceinline__ void sync_threads(SPARSE_ATTN_ONLY_AT) {
+#if SPARSE_ATTN_HOST_SIM
+  ::host_sim::barrier_sync(0, 0, location);
+#else
+  __syncthreads();
+#endif
+}
+
+// The warps of a named barrier, 1 to 15, wait for each other; `count` threads, a multiple of 32.
+__device__ __forceinline__ void sync_barrier(int id, int count SPARSE_ATTN_AT) {
+#if SPARSE_ATTN_HOST_SIM
+  ::host_sim::barrier_sync(id, count, location);
+#else
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory");
+#endif
+}
+
+// Arrives at a named barrier for those that wait there, and goes on.
+__device__ __forceinline__ void arrive_barrier(int id, int count SPARSE_ATTN_AT) {
+#if SPARSE_ATTN_HOST_SIM
+  ::host_sim::barrier_arrive(id, count, location);
+#else
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(count) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void sync_warp(SPARSE_ATTN_ONLY_AT) {
+#if SPARSE_ATTN_HOST_SIM
+  ::host_sim::warp_sync(kAllLanes, location);
+#else
+  __syncwarp();
+#endif
+}
+
+#if SPARSE_ATTN_HOST_SIM
+namespace sim {
+
+struct Exchange {
+  std::uint32_t value;
+  int source;
+  std::uint32_t result;
+};
+
+inline void exchange(void* const* slots) {
+  for (int lane = 0; lane < 32; ++lane) {
+    auto& own = *static_cast<Exchange*>(slots[lane]);
+    own.result = static_cast<Exchange*>(slots[own.source & 31])->value;
+  }
+}
+
+}  // namespace sim
+#endif
+
+// The value of lane `source` of the warp. T has 4 bytes.
+template <class T>
+__device__ __forceinline__ T shuffle(T value, int source SPARSE_ATTN_AT) {
+  static_assert(sizeof(T) == 4);
+#if SPARSE_ATTN_HOST_SIM
+  sim::Exchange slot{std::bit_cast<std::uint32_t>(value), source, 0};
+  ::host_sim::rendezvous(kAllLanes, "shfl", &slot, sim::exchange, location);
+  return std::bit_cast<T>(slot.result);
+#else
+  return __shfl_sync(kAllLanes, value, source);
+#endif
+}
+
+// The value of the lane whose index differs in the bits of `distance`.
+template <class T>
+__device__ __forceinline__ T shuffle_xor(T value, int distance SPARSE_ATTN_AT) {
+#if SPARSE_ATTN_HOST_SIM
+  return ptx::shuffle(value, lane_index() ^ distance, location);
+#else
+  return __shfl_xor_sync(kAllLanes, value, distance);
+#endif
+}
+
+// One bit per lane.
+__device__ __forceinline__ std::uint32_t ballot(bool vote SPARSE_ATTN_AT) {
+#if SPARSE_ATTN_HOST_SIM
+  struct Slot {
+    bool vote;
+    std::uint32_t result;
+  } slot{vote, 0};
+  ::host_sim::rendezvous(
+      kAllLanes, "vote", &slot,
+      [](void* const* slots) {
+        std::uint32_t result = 0;
+        for (int lane = 0; lane < 32; ++lane) {
+          result |= static_cast<std::uint32_t>(static_cast<Slot*>(slots[lane])->vote) << lane;
+        }
+        for (int lane = 0; lane < 32; ++lane) static_cast<Slot*>(slots[lane])->result = result;
+      },
+      location);
+  return slot.result;
+#else
+  return __ballot_sync(kAllLanes, vote);
+#endif
+}
+
+// ---- Arithmetic.
+
+__device__ __forceinline__ float exp2_approx(float x) {
+#if SPARSE_ATTN_HOST_SIM
+  return std::exp2(x);
+#else
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
+__device__ __forceinline__ float log2_approx(float x) {
+#if SPARSE_ATTN_HOST_SIM
+  return std::log2(x);
+#else
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
+// The two 16-bit floating types, by their bits.
+struct BFloat16 {
+  std::uint16_t bits;
+};
+struct Float16 {
+  std::uint16_t bits;
+};
+
+#if SPARSE_ATTN_HOST_SIM
+namespace sim {
+
+inline float to_float(BFloat16 x) { return std::bit_cast<float>(std::uint32_t{x.bits} << 16); }
+inline float to_float(Float16 x) { return static_cast<float>(std::bit_cast<_Float16>(x.bits)); }
+
+template <class T>
+T round_to(float x);
+template <>
+inline BFloat16 round_to<BFloat16>(float x) {
+  const auto bits = std::bit_cast<std::uint32_t>(x);
+  if (x != x) return {0x7fff};
+  return {static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >>
+                                     16)};  // to nearest, ties to even
+}
+template <>
+inline Float16 round_to<Float16>(float x) {
+  return {std::bit_cast<std::uint16_t>(static_cast<_Float16>(x))};
+}
+
+}  // namespace sim
+#endif
+
+template <class T>
+__device__ __forceinline__ float to_float(T x) {
+#if SPARSE_ATTN_HOST_SIM
+  return sim::to_float(x);
+#else
+  if constexpr (sizeof(T) == sizeof(BFloat16) && __is_same(T, BFloat16)) {
+    return __bfloat162float(__ushort_as_bfloat16(x.bits));
+  } else {
+    return __half2float(__ushort_as_half(x.bits));
+  }
+#endif
+}
+
+// Two values rounded to T, `low` in the lower half: how matrix instructions take them.
+template <class T>
+__device__ __forceinline__ std::uint32_t pack(float low, float high) {
+#if SPARSE_ATTN_HOST_SIM
+  return sim::round_to<T>(low).bits | std::uint32_t{sim::round_to<T>(high).bits} << 16;
+#else
+  std::uint32_t packed;
+  if constexpr (__is_same(T, BFloat16)) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  }
+  return packed;
+#endif
+}
+
+}  // namespace sparse_attn::ptx
