@@ -163,10 +163,10 @@ void Cta::enter(void* argument) {
   try {
     (*self.grid.kernel)();
     Thread& thread = self.thread();
-    if (!thread.open_copies.empty() || !thread.copy_groups.empty()) {
-      const AsyncCopy& copy = thread.open_copies.empty() ? thread.copy_groups.front().front()
-                                                         : thread.open_copies.front();
-      fail(copy.location, "the thread ends before this copy has landed");
+    async_commit();
+    for (const auto& group : thread.copy_groups) {
+      if (!group.empty())
+        fail(group.front().location, "the thread ends before this copy has landed");
     }
   } catch (...) {
     self.error_ = std::current_exception();

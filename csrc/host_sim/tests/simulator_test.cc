@@ -497,12 +497,16 @@ TEST(copy_from_outside) {
 
 TEST(copy_that_outlives_its_thread) {
   const std::vector<std::uint32_t> x(4, 1);
-  check_error("before this copy has landed", [&] {
+  const auto launch = [&](bool has_copy, bool has_commit) {
     host_sim::launch({}, {1}, {.shared_bytes = 16}, {input(x)}, [&] {
-      ptx::copy_async16(0, x.data(), true);
       ptx::copy_commit();
+      if (has_copy) ptx::copy_async16(0, x.data(), true);
+      if (has_commit) ptx::copy_commit();
     });
-  });
+  };
+  launch(false, true);
+  check_error("before this copy has landed", [&] { launch(true, true); });
+  check_error("before this copy has landed", [&] { launch(true, false); });
 }
 
 int main(int argc, char** argv) { return run_tests(argc, argv); }
