@@ -40,7 +40,8 @@ struct AttentionShape {
   int kv_block_size;
 };
 
-struct AttentionForwardParams {
+// What forward and backward read.
+struct AttentionInputs {
   AttentionShape shape;
   PlanParams plan;
   TokenMaskParams mask;
@@ -48,10 +49,28 @@ struct AttentionForwardParams {
   const void* key;        // T [batch, kv_len, num_kv_heads, head_dim]
   const void* value;      // T [batch, kv_len, num_kv_heads, head_dim]
   const float* key_bias;  // [batch, num_kv_heads, kv_len] or null
-  void* out;              // T [batch, q_len, num_q_heads, head_dim]
-  float* lse;             // [batch, q_len, num_q_heads], natural logarithm
   float scale;
   float logits_soft_cap;  // 0: none
+};
+
+struct AttentionForwardParams {
+  AttentionInputs in;
+  void* out;   // T [batch, q_len, num_q_heads, head_dim]
+  float* lse;  // [batch, q_len, num_q_heads], natural logarithm
+};
+
+struct AttentionBackwardParams {
+  AttentionInputs in;
+  const void* d_out;                    // T [batch, q_len, num_q_heads, head_dim]
+  const float* lse;                     // [batch, q_len, num_q_heads]
+  const float* delta;                   // [batch, q_len, num_q_heads]: sum(out * d_out) - d_lse
+  const std::int32_t* inverse_offsets;  // [plan_batch, plan_heads, num_kv_blocks + 1]
+  const std::int32_t* inverse_tiles;    // [plan_batch, plan_heads, num_tiles * capacity]
+  const std::int32_t* inverse_slots;    // as inverse_tiles
+  void* d_query;                        // T, as query
+  void* d_key;                          // T, as key
+  void* d_value;                        // T, as value
+  float* d_key_bias;                    // as key_bias, or null
 };
 
 }  // namespace sparse_attn

@@ -131,6 +131,14 @@ def build_plan(
     )
 
 
+def add_inverse(plan: TilePlan) -> TilePlan:
+    """The plan with its inverse, which is built if it is not there."""
+    if plan.inverse_offsets is not None:
+        return plan
+    offsets, tiles, slots = _invert(plan.blocks, num_blocks(plan.kv_len, plan.kv_block_size))
+    return dataclasses.replace(plan, inverse_offsets=offsets, inverse_tiles=tiles, inverse_slots=slots)
+
+
 def _lists_of_tiles(
     selection: BlockSelection, q_len: int, tile_size: int, row_group_tokens: int, heads_per_list: int
 ) -> jax.Array:

@@ -15,7 +15,7 @@ import pytest
 
 import sparse_attn_jax as sa
 from sparse_attn_jax.implementations import cuda
-from sparse_attn_jax.implementations.cuda import attention_forward
+from sparse_attn_jax.implementations.cuda import attention_backward, attention_forward
 from sparse_attn_jax.testing import compare
 from sparse_attn_jax.testing.cases import CASES, Case, case_named
 from sparse_attn_jax.testing.inputs import Inputs, make_inputs
@@ -41,11 +41,17 @@ def library(tmp_path_factory) -> ctypes.CDLL:
 
 @pytest.fixture(autouse=True)
 def cuda_on_cpu(library, monkeypatch):
-    """`implementation="cuda"` runs on the simulator, forward only."""
-    capsule = jax.ffi.pycapsule(getattr(library, attention_forward.TARGET))
-    jax.ffi.register_ffi_target(attention_forward.TARGET, capsule, platform="cpu")
+    """`implementation="cuda"` runs on the simulator."""
+    for target in (attention_forward.TARGET, attention_backward.TARGET):
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
     monkeypatch.setattr(cuda, "supports", lambda problem: ())
-    monkeypatch.setattr(cuda, "forward", attention_forward.forward, raising=False)
+    set_order(monkeypatch, seed=0)
+
+
+def set_order(monkeypatch, seed: int) -> None:
+    """The order in which the blocks and threads of a grid run."""
+    monkeypatch.setattr(cuda, "forward", functools.partial(attention_forward.forward, seed=seed), raising=False)
+    monkeypatch.setattr(cuda, "backward", functools.partial(attention_backward.backward, seed=seed), raising=False)
 
 
 def as_kernels_take_it(case: Case) -> Case | None:
@@ -72,30 +78,29 @@ def make_plan(inputs: Inputs) -> sa.TilePlan:
     )
 
 
-def forward(inputs: Inputs, plan: sa.TilePlan | None = None) -> dict[str, np.ndarray]:
+def results_of(inputs: Inputs, plan: sa.TilePlan | None = None) -> compare.Results:
     plan = make_plan(inputs) if plan is None else plan
 
-    def attend(operands):
+    def attend(**operands):
         options = dict(return_residual=True, implementation="cuda")
         return sa.block_sparse_attention(**operands, selection=plan, **options, **inputs.options)
 
-    out, lse = jax.jit(attend)(inputs.operands)
-    return dict(out=np.asarray(out), lse=np.asarray(lse))
+    return compare.results_of(attend, inputs)
 
 
 def small_case(name: str) -> Inputs:
     return make_inputs(as_kernels_take_it(case_named(name)))
 
 
-def assert_same(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+def assert_same(actual: compare.Results, expected: compare.Results) -> None:
     for name in expected:
         np.testing.assert_array_equal(actual[name], expected[name], err_msg=name)
 
 
 @pytest.mark.parametrize("case", TAKEN, ids=lambda case: case.name)
-def test_forward_matches_oracle(case):
+def test_attention_matches_oracle(case):
     inputs = make_inputs(case)
-    compare.assert_results_match(forward(inputs), inputs)
+    compare.assert_results_match(results_of(inputs), inputs)
 
 
 def test_most_cases_are_taken():
@@ -105,10 +110,10 @@ def test_most_cases_are_taken():
 @pytest.mark.parametrize("name", ["everything", "group16_bf16_d128"])
 def test_order_of_blocks_and_threads_changes_nothing(name, monkeypatch):
     inputs = small_case(name)
-    expected = forward(inputs)
+    expected = results_of(inputs)
     for seed in (1, 2):
-        monkeypatch.setattr(cuda, "forward", functools.partial(attention_forward.forward, seed=seed))
-        assert_same(forward(inputs), expected)
+        set_order(monkeypatch, seed)
+        assert_same(results_of(inputs), expected)
 
 
 @pytest.mark.parametrize("bad_id", [-(2**31), -5, 6, 2**28, 2**31 - 1])
@@ -117,15 +122,29 @@ def test_plan_that_names_blocks_that_do_not_exist(bad_id):
     inputs = small_case("group2_bf16")
     plan = make_plan(inputs)
     assert plan.kv_len == 6 * plan.kv_block_size
-    expected = forward(inputs, plan)
+    expected = results_of(inputs, plan)
     # The list of each tile is longer by one slot, and counts say that all are used.
     extend = functools.partial(np.pad, mode="constant")
     blocks = extend(plan.blocks, [(0, 0)] * 3 + [(0, 1)], constant_values=bad_id)
     membership = extend(plan.membership, [(0, 0)] * 3 + [(0, 1), (0, 0)], constant_values=2**32 - 1)
     blocks[blocks < 0] = bad_id
     counts = np.full_like(plan.counts, blocks.shape[-1] + 7)
-    bad = dataclasses.replace(plan, blocks=blocks, membership=membership, counts=counts)
-    assert_same(forward(inputs, jax.tree.map(jnp.asarray, bad)), expected)
+    # The last block's list of tiles goes on to the end of memory and beyond, with tiles that do not exist.
+    pad = [(0, 0), (0, 0), (0, blocks[0, 0].size - plan.inverse_tiles.shape[-1])]
+    tiles, slots = (extend(x, pad, constant_values=bad_id) for x in (plan.inverse_tiles, plan.inverse_slots))
+    offsets = np.array(plan.inverse_offsets)
+    offsets[..., -1] = 2**31 - 1
+    tiles[tiles < 0] = slots[slots < 0] = bad_id
+    bad = dataclasses.replace(
+        plan,
+        blocks=blocks,
+        membership=membership,
+        counts=counts,
+        inverse_offsets=offsets,
+        inverse_tiles=tiles,
+        inverse_slots=slots,
+    )
+    assert_same(results_of(inputs, jax.tree.map(jnp.asarray, bad)), expected)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -136,10 +155,10 @@ def test_bad_numbers_in_keys_that_no_query_sees(operand, value):
     inputs = dataclasses.replace(inputs, options=inputs.options | dict(q_offset=inputs.operands["key"].shape[1] - 60))
     seen = compare.mask_of(inputs).any(axis=(1, 2))  # [batch, kv_len]
     assert not seen.all() and seen.any()
-    expected = forward(inputs)
+    expected = results_of(inputs)
     changed = jnp.where(jnp.asarray(seen)[..., None, None], inputs.operands[operand], value)
     operands = inputs.operands | {operand: changed.astype(inputs.operands[operand].dtype)}
-    assert_same(forward(dataclasses.replace(inputs, operands=operands)), expected)
+    assert_same(results_of(dataclasses.replace(inputs, operands=operands)), expected)
 
 
 def test_handler_refuses_wrong_shapes(monkeypatch):
@@ -148,4 +167,4 @@ def test_handler_refuses_wrong_shapes(monkeypatch):
 
     monkeypatch.setattr(cuda, "forward", call)
     with pytest.raises(Exception, match=r"value has shape \[1, 95, 2, 64\]; needed is \[1, 96, 2, 64\]"):
-        forward(small_case("group2_bf16"))
+        results_of(small_case("group2_bf16"))

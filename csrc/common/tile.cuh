@@ -50,50 +50,123 @@ struct Tile {
 };
 
 // What decides, for one row, which keys it sees. A row beyond the tile's sees none.
-class RowMask {
- public:
-  __device__ RowMask(const AttentionShape& shape, const PlanParams& plan,
-                     const TokenMaskParams& mask, const Tile& tile, int row)
-      : is_row_(row < tile.num_rows) {
-    if (!is_row_) return;
+struct RowMask {
+  int is_row;  // and, in a table of rows, has chosen the block at hand
+  int position = 0, segment = 0, num_sinks = 0;
+  int first = INT32_MIN, last = INT32_MAX;  // of the window
+
+  __device__ RowMask() : is_row(0) {}
+  __device__ RowMask(const AttentionShape& shape, const TokenMaskParams& mask, const Tile& tile,
+                     int row)
+      : is_row(row < tile.num_rows) {
+    if (!is_row) return;
     const int token = tile.token(row), head = tile.q_head(row);
     const std::int64_t batch = mask.position_batch == 1 ? 0 : tile.batch;
-    position_ = ptx::load_global(mask.q_positions + batch * shape.q_len + token);
+    position = ptx::load_global(mask.q_positions + batch * shape.q_len + token);
     if (mask.q_segments != nullptr) {
-      segment_ = ptx::load_global(mask.q_segments +
-                                  static_cast<std::int64_t>(tile.batch) * shape.q_len + token);
+      segment = ptx::load_global(mask.q_segments +
+                                 static_cast<std::int64_t>(tile.batch) * shape.q_len + token);
     }
-    // Differences are taken in 64 bits: a window may be as large as int32.
     if (mask.window_left != nullptr)
-      first_ = std::int64_t{position_} - ptx::load_global(mask.window_left + head);
+      first = add(position, -std::int64_t{ptx::load_global(mask.window_left + head)});
     if (mask.window_right != nullptr)
-      last_ = std::int64_t{position_} + ptx::load_global(mask.window_right + head);
-    if (mask.num_sinks != nullptr) num_sinks_ = ptx::load_global(mask.num_sinks + head);
-    const int head_groups = tile.group_size / plan.row_group_heads;
-    group_ = row / tile.group_size / plan.row_group_tokens * head_groups +
-             row % tile.group_size / plan.row_group_heads;
+      last = add(position, ptx::load_global(mask.window_right + head));
+    if (mask.num_sinks != nullptr) num_sinks = ptx::load_global(mask.num_sinks + head);
   }
 
-  // Whether the row chose the block in a slot of its tile's list.
-  __device__ bool chose(const PlanParams& plan, std::int64_t slot_offset) const {
-    if (!is_row_ || plan.membership == nullptr) return is_row_;
-    return ptx::load_global(plan.membership + slot_offset * plan.num_words + group_ / 32) >>
-               (group_ % 32) &
-           1;
-  }
-
-  // Whether the row may see a key, kv_len aside, of a block that it chose.
+  // Whether the row may see a key of a block that it chose.
   __device__ bool sees(const TokenMaskParams& mask, int key_position, int key_segment) const {
-    if (mask.is_causal && key_position > position_) return false;
-    if (mask.q_segments != nullptr && key_segment != segment_) return false;
-    const bool is_near = key_position >= first_ && key_position <= last_;
-    return is_near || (mask.num_sinks != nullptr && key_position < num_sinks_);
+    if (mask.is_causal && key_position > position) return false;
+    if (mask.q_segments != nullptr && key_segment != segment) return false;
+    const bool is_near = key_position >= first && key_position <= last;
+    return is_near || (mask.num_sinks != nullptr && key_position < num_sinks);
   }
 
  private:
-  bool is_row_;
-  int position_ = 0, segment_ = 0, num_sinks_ = 0, group_ = 0;
-  std::int64_t first_ = INT64_MIN, last_ = INT64_MAX;
+  // A window may be as large as int32: what is beyond the range is at its end.
+  __device__ static int add(int x, std::int64_t y) {
+    const std::int64_t sum = x + y;
+    return static_cast<int>(sum < INT32_MIN ? INT32_MIN : sum > INT32_MAX ? INT32_MAX : sum);
+  }
+};
+
+// Whether a row of the tile chose the block in a slot of its list.
+__device__ __forceinline__ bool chose(const PlanParams& plan, const Tile& tile, int row,
+                                      std::int64_t slot_offset) {
+  if (row >= tile.num_rows || plan.membership == nullptr) return row < tile.num_rows;
+  const int head_groups = tile.group_size / plan.row_group_heads;
+  const int token = row / tile.group_size, head = row % tile.group_size;
+  const int group = token / plan.row_group_tokens * head_groups + head / plan.row_group_heads;
+  return ptx::load_global(plan.membership + slot_offset * plan.num_words + group / 32) >>
+             (group % 32) &
+         1;
+}
+
+// What a key brings to the mask and to its logits.
+struct KeyMask {
+  bool is_key;
+  int position = 0, segment = 0;
+  float bias = 0;
+
+  __device__ KeyMask(const AttentionInputs& in, int batch, int kv_head, int key)
+      : is_key(key < in.shape.kv_len), position(key) {
+    if (!is_key) return;
+    if (in.mask.kv_positions != nullptr) position = ptx::load_global(in.mask.kv_positions + key);
+    const std::int64_t row = static_cast<std::int64_t>(batch) * in.shape.kv_len;
+    if (in.mask.kv_segments != nullptr) segment = ptx::load_global(in.mask.kv_segments + row + key);
+    const std::int64_t head_row =
+        (static_cast<std::int64_t>(batch) * in.shape.num_kv_heads + kv_head) * in.shape.kv_len;
+    if (in.key_bias != nullptr) bias = ptx::load_global(in.key_bias + head_row + key);
+  }
+};
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+// A logit in base 2, before the mask, and the derivative of the natural one with respect to the
+// scaled product.
+struct Logit {
+  float base2, slope;
+};
+
+__device__ __forceinline__ Logit logit(const AttentionInputs& in, float product, float bias) {
+  float x = product * in.scale, slope = 1;
+  if (in.logits_soft_cap != 0) {
+    const float capped = tanhf(x / in.logits_soft_cap);
+    x = capped * in.logits_soft_cap;
+    slope = 1 - capped * capped;
+  }
+  return {(x + bias) * kLog2E, slope};
+}
+
+// The chunks of keys that a tile walks: parts of `kKeys` keys of each block of its list.
+template <int kKeys>
+class Chunks {
+ public:
+  __device__ Chunks(const AttentionInputs& in, const Tile& tile)
+      : blocks_(in.plan.blocks),
+        first_slot_(tile.list_offset(in.plan) * in.plan.capacity),
+        block_size_(in.shape.kv_block_size),
+        kv_len_(in.shape.kv_len) {
+    const int count = ptx::load_global(in.plan.counts + tile.list_offset(in.plan));
+    count_ = (count < in.plan.capacity ? count : in.plan.capacity) * (block_size_ / kKeys);
+  }
+  __device__ int count() const { return count_; }
+  // In [plan_batch, plan_heads, num_tiles, capacity].
+  __device__ std::int64_t slot(int chunk) const {
+    return first_slot_ + chunk / (block_size_ / kKeys);
+  }
+  // -1 if the list names a block that does not exist.
+  __device__ int first_key(int chunk) const {
+    const std::int64_t block = ptx::load_global(blocks_ + slot(chunk));
+    const std::int64_t first = block * block_size_ + chunk % (block_size_ / kKeys) * kKeys;
+    return block < 0 || first >= kv_len_ ? -1 : static_cast<int>(first);
+  }
+
+ private:
+  const std::int32_t* blocks_;
+  std::int64_t first_slot_;
+  int block_size_, kv_len_, count_;
 };
 
 }  // namespace sparse_attn

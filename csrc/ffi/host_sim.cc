@@ -1,8 +1,11 @@
-// The SM80 forward kernel as an XLA custom call for the platform "cpu", run by the simulator.
+// The SM80 kernels as XLA custom calls for the platform "cpu", run by the simulator.
+#include <algorithm>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "sm80/attention_backward.cuh"
 #include "sm80/attention_forward.cuh"
 #include "xla/ffi/api/ffi.h"
 
@@ -28,13 +31,6 @@ class Checker {
                shape_text({expected.data(), expected.size()});
     }
   }
-  // An option that is off is an array without elements.
-  template <class T>
-  const T* option(const char* name, const ffi::AnyBuffer& x, std::vector<std::int64_t> expected) {
-    if (x.element_count() == 0) return nullptr;
-    shape(name, x, std::move(expected));
-    return static_cast<const T*>(x.untyped_data());
-  }
   void dtype(const char* name, const ffi::AnyBuffer& x, ffi::DataType expected) {
     if (!error_ && x.element_type() != expected)
       error_ = std::string(name) + " has the wrong dtype";
@@ -48,214 +44,308 @@ class Checker {
   std::optional<std::string> error_;
 };
 
-template <class Config>
-void run(const AttentionForwardParams& params, const std::vector<host_sim::Buffer>& buffers,
-         std::uint64_t seed) {
-  const host_sim::Dim3 grid{static_cast<unsigned>(params.plan.num_tiles),
-                            static_cast<unsigned>(params.shape.num_kv_heads),
-                            static_cast<unsigned>(params.shape.batch)};
-  host_sim::launch(grid, {Config::kThreads}, {.seed = seed, .shared_bytes = Config::kSharedBytes},
-                   buffers, [&] { sm80::attention_forward<Config>(params); });
-}
+using Buffers = std::vector<host_sim::Buffer>;
 
-template <class T, int kHeadDim>
-void run_block_size(const AttentionForwardParams& params,
-                    const std::vector<host_sim::Buffer>& buffers, std::uint64_t seed) {
-  switch (params.shape.kv_block_size) {
-    case 16:
-      return run<sm80::ForwardConfig<T, kHeadDim, 16, 4>>(params, buffers, seed);
-    case 32:
-      return run<sm80::ForwardConfig<T, kHeadDim, 32, 4>>(params, buffers, seed);
-    default:
-      return run<sm80::ForwardConfig<T, kHeadDim, 64, 4>>(params, buffers, seed);
+// The arguments and results of a call, by position, with the names that errors give them.
+class Call {
+ public:
+  Call(ffi::RemainingArgs args, ffi::RemainingRets rets, std::vector<const char*> names,
+       std::size_t num_results)
+      : names_(std::move(names)) {
+    check.require(args.size() + num_results == names_.size() && rets.size() == num_results,
+                  "wrong number of arguments or results");
+    if (check.error()) return;
+    for (std::size_t i = 0; i < args.size(); ++i) arrays_.push_back(*args.get<ffi::AnyBuffer>(i));
+    num_args_ = arrays_.size();
+    for (std::size_t i = 0; i < rets.size(); ++i) arrays_.push_back(**rets.get<ffi::AnyBuffer>(i));
   }
-}
 
-template <class T>
-void run_head_dim(int head_dim, const AttentionForwardParams& params,
-                  const std::vector<host_sim::Buffer>& buffers, std::uint64_t seed) {
-  switch (head_dim) {
-    case 64:
-      return run_block_size<T, 64>(params, buffers, seed);
-    case 96:
-      return run_block_size<T, 96>(params, buffers, seed);
-    case 128:
-      return run_block_size<T, 128>(params, buffers, seed);
-    default:
-      return run_block_size<T, 256>(params, buffers, seed);
-  }
-}
+  const ffi::AnyBuffer& operator[](const std::string& name) const { return arrays_[index(name)]; }
 
-ffi::Error attention_forward(ffi::AnyBuffer query, ffi::AnyBuffer key, ffi::AnyBuffer value,
-                             ffi::AnyBuffer key_bias, ffi::AnyBuffer blocks, ffi::AnyBuffer counts,
-                             ffi::AnyBuffer membership, ffi::AnyBuffer q_positions,
-                             ffi::AnyBuffer kv_positions, ffi::AnyBuffer q_segments,
-                             ffi::AnyBuffer kv_segments, ffi::AnyBuffer window_left,
-                             ffi::AnyBuffer window_right, ffi::AnyBuffer num_sinks,
-                             ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> lse,
-                             float scale, float logits_soft_cap, std::int32_t kv_block_size,
-                             std::int32_t tile_size, std::int32_t row_group_tokens,
-                             std::int32_t row_group_heads, bool is_causal, std::int64_t seed) {
-  const auto q_shape = query.dimensions(), k_shape = key.dimensions(),
-             list_shape = blocks.dimensions();
-  if (q_shape.size() != 4 || k_shape.size() != 4 || list_shape.size() != 4) {
-    return ffi::Error::InvalidArgument("query, key and blocks need four dimensions");
+  // The array's elements, after a check of its shape and dtype.
+  template <class T>
+  T* get(const std::string& name, ffi::DataType dtype, std::vector<std::int64_t> shape) {
+    const auto& x = (*this)[name];
+    check.dtype(name.c_str(), x, dtype);
+    check.shape(name.c_str(), x, std::move(shape));
+    return static_cast<T*>(x.untyped_data());
   }
+  // The same, or null for an array without elements: an option that is off.
+  template <class T>
+  T* option(const std::string& name, ffi::DataType dtype, std::vector<std::int64_t> shape) {
+    return (*this)[name].element_count() == 0 ? nullptr : get<T>(name, dtype, std::move(shape));
+  }
+
+  // What a launch may touch. Results start as NaN.
+  Buffers buffers() const {
+    Buffers all;
+    for (std::size_t i = 0; i < arrays_.size(); ++i) {
+      const bool is_result = i >= num_args_;
+      all.push_back({arrays_[i].untyped_data(), arrays_[i].size_bytes(), is_result, names_[i]});
+      if (is_result)
+        std::memset(arrays_[i].untyped_data(), host_sim::kPoison, arrays_[i].size_bytes());
+    }
+    return all;
+  }
+
+  Checker check;
+
+ private:
+  std::size_t index(const std::string& name) const {
+    return std::find(names_.begin(), names_.end(), name) - names_.begin();
+  }
+
+  std::vector<const char*> names_;
+  std::vector<ffi::AnyBuffer> arrays_;
+  std::size_t num_args_ = 0;
+};
+
+constexpr auto kFloat = ffi::DataType::F32;
+constexpr auto kInt = ffi::DataType::S32;
+
+struct Attributes {
+  float scale, logits_soft_cap;
+  std::int32_t kv_block_size, tile_size, row_group_tokens, row_group_heads;
+  bool is_causal;
+  std::int64_t seed;
+};
+
+// What forward and backward share of their arguments. Check the call's error afterwards.
+AttentionInputs read_inputs(Call& call, const Attributes& attributes) {
+  AttentionInputs in{};
+  Checker& check = call.check;
+  const auto q_shape = call["query"].dimensions(), k_shape = call["key"].dimensions();
+  const auto list_shape = call["blocks"].dimensions(),
+             position_shape = call["q_positions"].dimensions();
+  check.require(q_shape.size() == 4 && k_shape.size() == 4, "query and key need four dimensions");
+  check.require(list_shape.size() == 4 && position_shape.size() == 2,
+                "blocks needs four dimensions, q_positions two");
+  const auto dtype = call["query"].element_type();
+  check.require(dtype == ffi::DataType::BF16 || dtype == ffi::DataType::F16,
+                "query must be bfloat16 or float16");
+  if (check.error()) return in;
   const std::int64_t batch = q_shape[0], q_len = q_shape[1], num_q_heads = q_shape[2],
                      head_dim = q_shape[3];
   const std::int64_t kv_len = k_shape[1], num_kv_heads = k_shape[2];
   const std::int64_t num_tiles = list_shape[2], capacity = list_shape[3];
-  const std::int64_t num_words =
-      membership.element_count() == 0 ? 0 : membership.dimensions().back();
-  const std::int64_t position_batch =
-      q_positions.dimensions().size() == 2 ? q_positions.dimensions()[0] : 0;
-
-  Checker check;
-  const auto dtype = query.element_type();
-  check.require(dtype == ffi::DataType::BF16 || dtype == ffi::DataType::F16,
-                "query must be bfloat16 or float16");
+  const auto [scale, soft_cap, block_size, tile_size, group_tokens, group_heads, is_causal, seed] =
+      attributes;
   check.require(head_dim == 64 || head_dim == 96 || head_dim == 128 || head_dim == 256,
                 "head_dim must be 64, 96, 128 or 256");
-  check.require(
-      kv_block_size == 16 || kv_block_size == 32 || kv_block_size == 64 || kv_block_size == 128,
-      "kv_block_size must be 16, 32, 64 or 128");
+  check.require(block_size == 16 || block_size == 32 || block_size == 64 || block_size == 128,
+                "kv_block_size must be 16, 32, 64 or 128");
   check.require(num_kv_heads > 0 && num_q_heads % num_kv_heads == 0,
                 "num_kv_heads must divide num_q_heads");
-  if (check.error()) return ffi::Error::InvalidArgument(*check.error());
+  check.require(tile_size > 0 && group_tokens > 0 && group_heads > 0,
+                "tile_size and row groups must be positive");
+  if (check.error()) return in;
   const std::int64_t group_size = num_q_heads / num_kv_heads;
-  check.require(tile_size > 0 && tile_size * group_size <= 64,
-                "tile_size * group_size must be 1 to 64");
-  check.require(num_tiles == (q_len + tile_size - 1) / (tile_size > 0 ? tile_size : 1),
+  check.require(tile_size * group_size <= 64, "tile_size * group_size must be at most 64");
+  check.require(num_tiles == (q_len + tile_size - 1) / tile_size,
                 "blocks has the wrong number of tiles");
-  check.require(row_group_tokens > 0 && row_group_heads > 0, "row groups must not be empty");
-  if (check.error()) return ffi::Error::InvalidArgument(*check.error());
-  check.require(tile_size % row_group_tokens == 0 && group_size % row_group_heads == 0,
+  check.require(tile_size % group_tokens == 0 && group_size % group_heads == 0,
                 "row groups must divide a tile");
-  const std::int64_t num_groups = tile_size / row_group_tokens * (group_size / row_group_heads);
+  const auto& membership = call["membership"];
+  const std::int64_t num_words =
+      membership.element_count() == 0 ? 0 : membership.dimensions().back();
+  const std::int64_t num_groups = tile_size / group_tokens * (group_size / group_heads);
   check.require(num_words == 0 ? num_groups == 1 : 32 * num_words >= num_groups,
                 "membership has too few words");
-  check.require(position_batch == 1 || position_batch == batch,
+  check.require(position_shape[0] == 1 || position_shape[0] == batch,
                 "q_positions must be [1 or batch, q_len]");
   check.require(list_shape[0] == 1 || list_shape[0] == batch, "blocks must have 1 or `batch` rows");
   check.require(list_shape[1] == 1 || list_shape[1] == num_kv_heads,
                 "blocks must have 1 or `num_kv_heads` heads");
-  check.shape("key", key, {batch, kv_len, num_kv_heads, head_dim});
-  check.shape("value", value, {batch, kv_len, num_kv_heads, head_dim});
-  check.dtype("key", key, dtype);
-  check.dtype("value", value, dtype);
-  check.dtype("blocks", blocks, ffi::DataType::S32);
-  check.dtype("counts", counts, ffi::DataType::S32);
-  check.dtype("membership", membership, ffi::DataType::U32);
-  check.dtype("key_bias", key_bias, ffi::DataType::F32);
-  for (const auto* x : {&q_positions, &kv_positions, &q_segments, &kv_segments, &window_left,
-                        &window_right, &num_sinks}) {
-    check.dtype("an array of the token mask", *x, ffi::DataType::S32);
-  }
-  check.shape("counts", counts, {list_shape[0], list_shape[1], num_tiles});
-  check.shape("q_positions", q_positions, {position_batch, q_len});
 
-  AttentionForwardParams params{};
-  params.shape = {static_cast<int>(batch),        static_cast<int>(q_len),
-                  static_cast<int>(kv_len),       static_cast<int>(num_q_heads),
-                  static_cast<int>(num_kv_heads), kv_block_size};
-  params.plan.blocks = static_cast<const std::int32_t*>(blocks.untyped_data());
-  params.plan.counts = static_cast<const std::int32_t*>(counts.untyped_data());
-  params.plan.membership = check.option<std::uint32_t>(
-      "membership", membership, {list_shape[0], list_shape[1], num_tiles, capacity, num_words});
-  params.plan.plan_batch = static_cast<int>(list_shape[0]);
-  params.plan.plan_heads = static_cast<int>(list_shape[1]);
-  params.plan.num_tiles = static_cast<int>(num_tiles);
-  params.plan.capacity = static_cast<int>(capacity);
-  params.plan.num_words = static_cast<int>(num_words);
-  params.plan.tile_size = tile_size;
-  params.plan.row_group_tokens = row_group_tokens;
-  params.plan.row_group_heads = row_group_heads;
-  params.mask.q_positions = static_cast<const std::int32_t*>(q_positions.untyped_data());
-  params.mask.kv_positions = check.option<std::int32_t>("kv_positions", kv_positions, {kv_len});
-  params.mask.q_segments = check.option<std::int32_t>("q_segments", q_segments, {batch, q_len});
-  params.mask.kv_segments = check.option<std::int32_t>("kv_segments", kv_segments, {batch, kv_len});
-  params.mask.window_left = check.option<std::int32_t>("window_left", window_left, {num_q_heads});
-  params.mask.window_right =
-      check.option<std::int32_t>("window_right", window_right, {num_q_heads});
-  params.mask.num_sinks = check.option<std::int32_t>("num_sinks", num_sinks, {num_q_heads});
-  params.mask.position_batch = static_cast<int>(position_batch);
-  params.mask.is_causal = is_causal;
-  params.query = query.untyped_data();
-  params.key = key.untyped_data();
-  params.value = value.untyped_data();
-  params.key_bias = check.option<float>("key_bias", key_bias, {batch, num_kv_heads, kv_len});
-  params.out = out->untyped_data();
-  params.lse = static_cast<float*>(lse->untyped_data());
-  params.scale = scale;
-  params.logits_soft_cap = logits_soft_cap;
-  check.require((params.mask.q_segments == nullptr) == (params.mask.kv_segments == nullptr),
+  in.shape = {static_cast<int>(batch),        static_cast<int>(q_len),
+              static_cast<int>(kv_len),       static_cast<int>(num_q_heads),
+              static_cast<int>(num_kv_heads), block_size};
+  in.plan = {
+      .blocks = call.get<std::int32_t>("blocks", kInt,
+                                       {list_shape[0], list_shape[1], num_tiles, capacity}),
+      .counts = call.get<std::int32_t>("counts", kInt, {list_shape[0], list_shape[1], num_tiles}),
+      .membership = call.option<std::uint32_t>(
+          "membership", ffi::DataType::U32,
+          {list_shape[0], list_shape[1], num_tiles, capacity, num_words}),
+      .plan_batch = static_cast<int>(list_shape[0]),
+      .plan_heads = static_cast<int>(list_shape[1]),
+      .num_tiles = static_cast<int>(num_tiles),
+      .capacity = static_cast<int>(capacity),
+      .num_words = static_cast<int>(num_words),
+      .tile_size = tile_size,
+      .row_group_tokens = group_tokens,
+      .row_group_heads = group_heads};
+  in.mask = {.q_positions = call.get<std::int32_t>("q_positions", kInt, {position_shape[0], q_len}),
+             .kv_positions = call.option<std::int32_t>("kv_positions", kInt, {kv_len}),
+             .q_segments = call.option<std::int32_t>("q_segments", kInt, {batch, q_len}),
+             .kv_segments = call.option<std::int32_t>("kv_segments", kInt, {batch, kv_len}),
+             .window_left = call.option<std::int32_t>("window_left", kInt, {num_q_heads}),
+             .window_right = call.option<std::int32_t>("window_right", kInt, {num_q_heads}),
+             .num_sinks = call.option<std::int32_t>("num_sinks", kInt, {num_q_heads}),
+             .position_batch = static_cast<int>(position_shape[0]),
+             .is_causal = is_causal};
+  check.require((in.mask.q_segments == nullptr) == (in.mask.kv_segments == nullptr),
                 "segments need both sides");
-  check.shape("out", *out, {batch, q_len, num_q_heads, head_dim});
-  check.shape("lse", *lse, {batch, q_len, num_q_heads});
-  check.dtype("out", *out, dtype);
-  check.dtype("lse", *lse, ffi::DataType::F32);
-  if (check.error()) return ffi::Error::InvalidArgument(*check.error());
+  in.query = call["query"].untyped_data();
+  in.key = call.get<void>("key", dtype, {batch, kv_len, num_kv_heads, head_dim});
+  in.value = call.get<void>("value", dtype, {batch, kv_len, num_kv_heads, head_dim});
+  in.key_bias = call.option<float>("key_bias", kFloat, {batch, num_kv_heads, kv_len});
+  in.scale = scale;
+  in.logits_soft_cap = soft_cap;
+  return in;
+}
 
-  std::vector<host_sim::Buffer> buffers;
-  const auto add = [&](const char* name, const ffi::AnyBuffer& x, bool is_writable) {
-    buffers.push_back({x.untyped_data(), x.size_bytes(), is_writable, name});
-    if (is_writable) std::memset(x.untyped_data(), host_sim::kPoison, x.size_bytes());
-  };
-  add("query", query, false);
-  add("key", key, false);
-  add("value", value, false);
-  add("key_bias", key_bias, false);
-  add("blocks", blocks, false);
-  add("counts", counts, false);
-  add("membership", membership, false);
-  add("q_positions", q_positions, false);
-  add("kv_positions", kv_positions, false);
-  add("q_segments", q_segments, false);
-  add("kv_segments", kv_segments, false);
-  add("window_left", window_left, false);
-  add("window_right", window_right, false);
-  add("num_sinks", num_sinks, false);
-  add("out", *out, true);
-  add("lse", *lse, true);
+// Calls `run<T, kHeadDim, kKeys>()` for the kernel variant of a problem; chunks have at most
+// `kMostKeys(head_dim)` keys.
+template <class T, int kHeadDim, int kMostKeys, class Run>
+void dispatch_block_size(int block_size, Run run) {
+  constexpr int kLarge = kMostKeys < 64 ? kMostKeys : 64;
+  if (block_size == 16) return run.template operator()<T, kHeadDim, 16>();
+  if (block_size == 32) return run.template operator()<T, kHeadDim, 32>();
+  run.template operator()<T, kHeadDim, kLarge>();
+}
+
+template <class T, int kMostKeysOf256, class Run>
+void dispatch_head_dim(int head_dim, int block_size, Run run) {
+  if (head_dim == 64) return dispatch_block_size<T, 64, 64>(block_size, run);
+  if (head_dim == 96) return dispatch_block_size<T, 96, 64>(block_size, run);
+  if (head_dim == 128) return dispatch_block_size<T, 128, 64>(block_size, run);
+  dispatch_block_size<T, 256, kMostKeysOf256>(block_size, run);
+}
+
+template <int kMostKeysOf256, class Run>
+void dispatch(const ffi::AnyBuffer& query, int block_size, Run run) {
+  const int head_dim = static_cast<int>(query.dimensions()[3]);
+  if (query.element_type() == ffi::DataType::BF16) {
+    dispatch_head_dim<ptx::BFloat16, kMostKeysOf256>(head_dim, block_size, run);
+  } else {
+    dispatch_head_dim<ptx::Float16, kMostKeysOf256>(head_dim, block_size, run);
+  }
+}
+
+template <class Config, class Params>
+void launch(void (*kernel)(Params), unsigned x, const Params& params, const Buffers& buffers,
+            std::uint64_t seed) {
+  const host_sim::Dim3 grid{x, static_cast<unsigned>(params.in.shape.num_kv_heads),
+                            static_cast<unsigned>(params.in.shape.batch)};
+  host_sim::launch(grid, {Config::kThreads}, {.seed = seed, .shared_bytes = Config::kSharedBytes},
+                   buffers, [&] { kernel(params); });
+}
+
+const std::vector<const char*> kInputNames = {
+    "query",       "key",         "value",        "key_bias",     "blocks",
+    "counts",      "membership",  "q_positions",  "kv_positions", "q_segments",
+    "kv_segments", "window_left", "window_right", "num_sinks"};
+
+std::vector<const char*> names_of_call(std::vector<const char*> more) {
+  std::vector<const char*> names = kInputNames;
+  names.insert(names.end(), more.begin(), more.end());
+  return names;
+}
+
+ffi::Error attention_forward(ffi::RemainingArgs args, ffi::RemainingRets rets, float scale,
+                             float logits_soft_cap, std::int32_t kv_block_size,
+                             std::int32_t tile_size, std::int32_t row_group_tokens,
+                             std::int32_t row_group_heads, bool is_causal, std::int64_t seed) {
+  Call call(args, rets, names_of_call({"out", "lse"}), 2);
+  if (call.check.error()) return ffi::Error::InvalidArgument(*call.check.error());
+  AttentionForwardParams params{};
+  params.in = read_inputs(call, {scale, logits_soft_cap, kv_block_size, tile_size, row_group_tokens,
+                                 row_group_heads, is_causal, seed});
+  if (call.check.error()) return ffi::Error::InvalidArgument(*call.check.error());
+  const auto q = call["query"].dimensions();
+  params.out = call.get<void>("out", call["query"].element_type(), {q[0], q[1], q[2], q[3]});
+  params.lse = call.get<float>("lse", kFloat, {q[0], q[1], q[2]});
+  if (call.check.error()) return ffi::Error::InvalidArgument(*call.check.error());
+  const Buffers buffers = call.buffers();
   try {
-    const auto n = static_cast<std::uint64_t>(seed);
-    if (dtype == ffi::DataType::BF16) {
-      run_head_dim<ptx::BFloat16>(static_cast<int>(head_dim), params, buffers, n);
-    } else {
-      run_head_dim<ptx::Float16>(static_cast<int>(head_dim), params, buffers, n);
-    }
+    dispatch<32>(call["query"], kv_block_size, [&]<class T, int kHeadDim, int kKeys>() {
+      using Config = sm80::ForwardConfig<T, kHeadDim, kKeys>;
+      launch<Config>(sm80::attention_forward<Config>, params.in.plan.num_tiles, params, buffers,
+                     seed);
+    });
   } catch (const host_sim::Error& error) {
     return ffi::Error::Internal(error.what());
   }
   return ffi::Error::Success();
 }
 
+ffi::Error attention_backward(ffi::RemainingArgs args, ffi::RemainingRets rets, float scale,
+                              float logits_soft_cap, std::int32_t kv_block_size,
+                              std::int32_t tile_size, std::int32_t row_group_tokens,
+                              std::int32_t row_group_heads, bool is_causal, std::int64_t seed) {
+  Call call(args, rets,
+            names_of_call({"d_out", "lse", "delta", "inverse_offsets", "inverse_tiles",
+                           "inverse_slots", "d_query", "d_key", "d_value", "d_key_bias"}),
+            4);
+  if (call.check.error()) return ffi::Error::InvalidArgument(*call.check.error());
+  AttentionBackwardParams params{};
+  params.in = read_inputs(call, {scale, logits_soft_cap, kv_block_size, tile_size, row_group_tokens,
+                                 row_group_heads, is_causal, seed});
+  if (call.check.error()) return ffi::Error::InvalidArgument(*call.check.error());
+  const auto q = call["query"].dimensions(), k = call["key"].dimensions();
+  const auto dtype = call["query"].element_type();
+  const PlanParams& plan = params.in.plan;
+  const std::int64_t entries = static_cast<std::int64_t>(plan.num_tiles) * plan.capacity;
+  const std::int64_t num_kv_blocks = (k[1] + kv_block_size - 1) / kv_block_size;
+  params.d_out = call.get<void>("d_out", dtype, {q[0], q[1], q[2], q[3]});
+  params.lse = call.get<float>("lse", kFloat, {q[0], q[1], q[2]});
+  params.delta = call.get<float>("delta", kFloat, {q[0], q[1], q[2]});
+  params.inverse_offsets = call.get<std::int32_t>(
+      "inverse_offsets", kInt, {plan.plan_batch, plan.plan_heads, num_kv_blocks + 1});
+  params.inverse_tiles =
+      call.get<std::int32_t>("inverse_tiles", kInt, {plan.plan_batch, plan.plan_heads, entries});
+  params.inverse_slots =
+      call.get<std::int32_t>("inverse_slots", kInt, {plan.plan_batch, plan.plan_heads, entries});
+  params.d_query = call.get<void>("d_query", dtype, {q[0], q[1], q[2], q[3]});
+  params.d_key = call.get<void>("d_key", dtype, {k[0], k[1], k[2], k[3]});
+  params.d_value = call.get<void>("d_value", dtype, {k[0], k[1], k[2], k[3]});
+  params.d_key_bias = call.option<float>("d_key_bias", kFloat, {k[0], k[2], k[1]});
+  if (call.check.error()) return ffi::Error::InvalidArgument(*call.check.error());
+  const Buffers buffers = call.buffers();
+  try {
+    dispatch<32>(call["query"], kv_block_size, [&]<class T, int kHeadDim, int kKeys>() {
+      using Config = sm80::QueryGradientConfig<T, kHeadDim, kKeys>;
+      launch<Config>(sm80::query_gradient<Config>, plan.num_tiles, params, buffers, seed);
+    });
+    dispatch<64>(call["query"], kv_block_size, [&]<class T, int kHeadDim, int kKeys>() {
+      using sm80::KeyGradient;
+      const auto num_chunks = static_cast<unsigned>((k[1] + kKeys - 1) / kKeys);
+      const auto run = [&]<KeyGradient kWhich>() {
+        using Config = sm80::KeyGradientConfig<T, kHeadDim, kKeys, kWhich>;
+        launch<Config>(sm80::key_gradient<Config>, num_chunks, params, buffers, seed);
+      };
+      if constexpr (kHeadDim <= 128) {
+        run.template operator()<KeyGradient::kBoth>();
+      } else {
+        run.template operator()<KeyGradient::kKey>();
+        run.template operator()<KeyGradient::kValue>();
+      }
+    });
+  } catch (const host_sim::Error& error) {
+    return ffi::Error::Internal(error.what());
+  }
+  return ffi::Error::Success();
+}
+
+auto bind() {
+  return ffi::Ffi::Bind()
+      .RemainingArgs()
+      .RemainingRets()
+      .Attr<float>("scale")
+      .Attr<float>("logits_soft_cap")
+      .Attr<std::int32_t>("kv_block_size")
+      .Attr<std::int32_t>("tile_size")
+      .Attr<std::int32_t>("row_group_tokens")
+      .Attr<std::int32_t>("row_group_heads")
+      .Attr<bool>("is_causal")
+      .Attr<std::int64_t>("seed");
+}
+
 }  // namespace
 }  // namespace sparse_attn
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(sparse_attn_attention_forward, sparse_attn::attention_forward,
-                              xla::ffi::Ffi::Bind()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Ret<xla::ffi::AnyBuffer>()
-                                  .Ret<xla::ffi::AnyBuffer>()
-                                  .Attr<float>("scale")
-                                  .Attr<float>("logits_soft_cap")
-                                  .Attr<std::int32_t>("kv_block_size")
-                                  .Attr<std::int32_t>("tile_size")
-                                  .Attr<std::int32_t>("row_group_tokens")
-                                  .Attr<std::int32_t>("row_group_heads")
-                                  .Attr<bool>("is_causal")
-                                  .Attr<std::int64_t>("seed"));
+                              sparse_attn::bind());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sparse_attn_attention_backward, sparse_attn::attention_backward,
+                              sparse_attn::bind());

@@ -1,13 +1,13 @@
 """The hand-written CUDA implementation.
 
-Not complete: there is a forward kernel for compute capability 8.0 (`attention_forward`), which is tested on a CPU by simulation
-and has never run on a GPU. Until the backward pass is there, every problem is answered with that reason.
+Not complete: there are attention kernels for compute capability 8.0, forward and backward, tested on a CPU by simulation. No
+install compiles them yet, and they have never run on a GPU. Until then every problem is answered with that reason.
 """
 
 from sparse_attn_jax.problem import Problem
 from sparse_attn_jax.scoring_problem import ScoringProblem
 
-NO_KERNELS = "this version of sparse_attn_jax has no complete hand-written CUDA kernels: the backward pass is missing"
+NO_KERNELS = "this version of sparse_attn_jax has no install that compiles the hand-written CUDA kernels"
 
 
 def supports(problem: Problem) -> tuple[str, ...]:

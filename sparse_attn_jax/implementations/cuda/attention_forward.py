@@ -1,9 +1,9 @@
-"""Block-sparse flash attention, forward, as a custom call of the hand-written CUDA kernels (`csrc`)."""
+"""Block-sparse flash attention, forward, as a custom call of the hand-written CUDA kernel."""
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from sparse_attn_jax.implementations.cuda import custom_call
 from sparse_attn_jax.planning import TilePlan
 from sparse_attn_jax.problem import Operands, Problem, TokenMask
 
@@ -23,38 +23,6 @@ def forward(
       float32. A row that sees nothing has out 0 and lse -inf.
     """
     query = operands.query
-
-    def option(x, dtype=jnp.int32):
-        return jnp.zeros((0,), dtype) if x is None else x.astype(dtype)
-
-    def per_batch(x):
-        return option(None if x is None else jnp.broadcast_to(x, (problem.batch, x.shape[1])))
-
-    call = jax.ffi.ffi_call(
-        TARGET,
-        (jax.ShapeDtypeStruct(query.shape, query.dtype), jax.ShapeDtypeStruct(query.shape[:-1], jnp.float32)),
-    )
-    return call(
-        query,
-        operands.key,
-        operands.value,
-        option(operands.key_bias, jnp.float32),
-        plan.blocks,
-        plan.counts,
-        option(plan.membership, jnp.uint32),
-        mask.q_positions,
-        option(mask.kv_positions[0] if problem.varlen else None),
-        per_batch(mask.q_segments),
-        per_batch(mask.kv_segments),
-        option(mask.window_left),
-        option(mask.window_right),
-        option(mask.num_sinks),
-        scale=np.float32(problem.scale),
-        logits_soft_cap=np.float32(problem.logits_soft_cap or 0),
-        kv_block_size=np.int32(problem.kv_block_size),
-        tile_size=np.int32(plan.tile_size),
-        row_group_tokens=np.int32(plan.row_group_tokens),
-        row_group_heads=np.int32(plan.row_group_heads),
-        is_causal=problem.is_causal,
-        seed=np.int64(seed),
-    )
+    results = (jax.ShapeDtypeStruct(query.shape, query.dtype), jax.ShapeDtypeStruct(query.shape[:-1], jnp.float32))
+    arguments = custom_call.inputs(problem, operands, plan, mask)
+    return jax.ffi.ffi_call(TARGET, results)(*arguments, **custom_call.attributes(problem, plan, seed))

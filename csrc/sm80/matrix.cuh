@@ -1,0 +1,117 @@
+// Products of 16 rows by a warp, with rows of `kHeadDim` elements in shared memory.
+//
+// A row takes 16 bytes more than its elements: then eight rows of an 8x8 matrix lie in different
+// banks.
+#pragma once
+
+#include "common/ptx.cuh"
+#include "common/tile.cuh"
+#include "sm80/ptx.cuh"
+
+namespace sparse_attn::sm80 {
+
+// Sums of a product [16, n]: lane i has columns 8 c + 2 (i % 4) and the next of rows i / 4
+// (x[c][0], x[c][1]) and i / 4 + 8.
+template <int kColumns>
+using Sums = float[kColumns / 8][4];
+
+// What a block of an A100 may have.
+constexpr int kMostSharedBytes = 163 * 1024;
+
+template <int kHeadDim>
+constexpr int kRowBytes = 2 * kHeadDim + 16;
+
+// Starts copies of `count` rows to shared memory by `kThreads` threads; `row_of` gives a row's
+// index in `from`, or a negative number for a row of zeros.
+template <int kHeadDim, int kThreads, class RowOf>
+__device__ __forceinline__ void copy_rows(std::uint32_t to, const void* from, int count,
+                                          RowOf row_of) {
+  constexpr int kPieces = kHeadDim / 8;  // of 16 bytes
+  const auto* bytes = static_cast<const char*>(from);
+  for (int i = static_cast<int>(threadIdx.x); i < count * kPieces; i += kThreads) {
+    const int row = i / kPieces, piece = i % kPieces;
+    const std::int64_t index = row_of(row);
+    const char* source = index < 0 ? bytes : bytes + index * (2 * kHeadDim) + 16 * piece;
+    ptx::copy_async16(to + row * kRowBytes<kHeadDim> + 16 * piece, source, index >= 0);
+  }
+}
+
+// sums[16, kColumns] += a[16, kHeadDim] b[kColumns, kHeadDim]^T.
+template <class T, int kHeadDim, int kColumns>
+__device__ __forceinline__ void multiply_transposed(Sums<kColumns>& sums, std::uint32_t a,
+                                                    std::uint32_t b) {
+  const int lane = ptx::lane_index();
+  // The four matrices of a load: for a, rows first and then elements; for b, elements first and
+  // then rows.
+  const std::uint32_t a_lane =
+      a + (lane / 8 % 2 * 8 + lane % 8) * kRowBytes<kHeadDim> + lane / 16 * 16;
+  const std::uint32_t b_lane =
+      b + (lane / 16 * 8 + lane % 8) * kRowBytes<kHeadDim> + lane / 8 % 2 * 16;
+  SPARSE_ATTN_UNROLL
+  for (int d = 0; d < kHeadDim; d += 16) {
+    const ptx::Fragment4 x = ptx::load_matrix(a_lane + 2 * d);
+    SPARSE_ATTN_UNROLL
+    for (int n = 0; n < kColumns; n += 16) {
+      const ptx::Fragment4 y = ptx::load_matrix(b_lane + n * kRowBytes<kHeadDim> + 2 * d);
+      ptx::multiply_add<T>(sums[n / 8], x.x, {y.x[0], y.x[1]});
+      ptx::multiply_add<T>(sums[n / 8 + 1], x.x, {y.x[2], y.x[3]});
+    }
+  }
+}
+
+// sums[16, kHeadDim] += a[16, kColumns] b[kColumns, kHeadDim], where a is what a product left in
+// registers. `keep` is ANDed to the pairs of rows of b that a lane has, [kColumns / 8]: rows whose
+// factors are all 0 may hold NaN, and 0 * NaN is not 0.
+template <class T, int kHeadDim, int kColumns>
+__device__ __forceinline__ void multiply_registers(Sums<kHeadDim>& sums, const Sums<kColumns>& a,
+                                                   const std::uint32_t (&keep)[kColumns / 8],
+                                                   std::uint32_t b) {
+  const int lane = ptx::lane_index();
+  const std::uint32_t b_lane =
+      b + (lane / 8 % 2 * 8 + lane % 8) * kRowBytes<kHeadDim> + lane / 16 * 16;
+  SPARSE_ATTN_UNROLL
+  for (int n = 0; n < kColumns; n += 16) {
+    // The sums of one product are laid out as the first operand of the next.
+    const auto& low = a[n / 8];
+    const auto& high = a[n / 8 + 1];
+    const std::uint32_t low_keep = keep[n / 8], high_keep = keep[n / 8 + 1];
+    const std::uint32_t x[4] = {ptx::pack<T>(low[0], low[1]), ptx::pack<T>(low[2], low[3]),
+                                ptx::pack<T>(high[0], high[1]), ptx::pack<T>(high[2], high[3])};
+    SPARSE_ATTN_UNROLL
+    for (int d = 0; d < kHeadDim; d += 16) {
+      const ptx::Fragment4 y =
+          ptx::load_matrix_transposed(b_lane + n * kRowBytes<kHeadDim> + 2 * d);
+      ptx::multiply_add<T>(sums[d / 8], x, {y.x[0] & low_keep, y.x[1] & high_keep});
+      ptx::multiply_add<T>(sums[d / 8 + 1], x, {y.x[2] & low_keep, y.x[3] & high_keep});
+    }
+  }
+}
+
+// Which of the columns that a lane has are `wanted` by any row of the warp, as `multiply_registers`
+// takes it.
+template <int kColumns, class Wanted>
+__device__ __forceinline__ void wanted_by_any(std::uint32_t (&keep)[kColumns / 8], Wanted wanted) {
+  SPARSE_ATTN_UNROLL
+  for (int column = 0; column < kColumns / 8; ++column) {
+    // Lanes with the same lane % 4 have the same columns.
+    const std::uint32_t same = 0x11111111u << (ptx::lane_index() % 4);
+    const bool low = ptx::ballot(wanted(column, 0)) & same,
+               high = ptx::ballot(wanted(column, 1)) & same;
+    keep[column] = (low ? 0xffffu : 0u) | (high ? 0xffff0000u : 0u);
+  }
+}
+
+// Writes a lane's share of one of its two rows, times `factor`, to row `index` of `to`.
+template <class T, int kHeadDim>
+__device__ __forceinline__ void store_row(void* to, std::int64_t index, const Sums<kHeadDim>& sums,
+                                          int half, float factor) {
+  auto* pairs = static_cast<std::uint32_t*>(to) + index * (kHeadDim / 2);
+  SPARSE_ATTN_UNROLL
+  for (int column = 0; column < kHeadDim / 8; ++column) {
+    const auto& x = sums[column];
+    ptx::store_global(pairs + 4 * column + ptx::lane_index() % 4,
+                      ptx::pack<T>(x[2 * half] * factor, x[2 * half + 1] * factor));
+  }
+}
+
+}  // namespace sparse_attn::sm80
