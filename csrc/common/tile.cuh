@@ -67,10 +67,9 @@ struct RowMask {
       segment = ptx::load_global(mask.q_segments +
                                  static_cast<std::int64_t>(tile.batch) * shape.q_len + token);
     }
-    if (mask.window_left != nullptr)
-      first = add(position, -std::int64_t{ptx::load_global(mask.window_left + head)});
-    if (mask.window_right != nullptr)
-      last = add(position, ptx::load_global(mask.window_right + head));
+    // Positions and windows are at most 2^30: no sum of two overflows.
+    if (mask.window_left != nullptr) first = position - ptx::load_global(mask.window_left + head);
+    if (mask.window_right != nullptr) last = position + ptx::load_global(mask.window_right + head);
     if (mask.num_sinks != nullptr) num_sinks = ptx::load_global(mask.num_sinks + head);
   }
 
@@ -80,13 +79,6 @@ struct RowMask {
     if (mask.q_segments != nullptr && key_segment != segment) return false;
     const bool is_near = key_position >= first && key_position <= last;
     return is_near || (mask.num_sinks != nullptr && key_position < num_sinks);
-  }
-
- private:
-  // A window may be as large as int32: what is beyond the range is at its end.
-  __device__ static int add(int x, std::int64_t y) {
-    const std::int64_t sum = x + y;
-    return static_cast<int>(sum < INT32_MIN ? INT32_MIN : sum > INT32_MAX ? INT32_MAX : sum);
   }
 };
 

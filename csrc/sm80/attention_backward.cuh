@@ -244,6 +244,7 @@ __global__ void __launch_bounds__(Config::kThreads)
   if (Config::kStages > 1 && first_entry < last_entry) fetch(first_entry);
   ptx::copy_commit();
 
+  // Those of keys beyond kv_len are not stored.
   Sums<kHeadDim> d_key = {}, d_value = {};
   float d_bias[2] = {0, 0};
   for (std::int64_t entry = first_entry; entry < last_entry; ++entry) {
@@ -275,7 +276,7 @@ __global__ void __launch_bounds__(Config::kThreads)
             const int place = 2 * half + i;
             const KeyMask& mask = key_masks[half];
             const Logit x = logit(in, probs[column][place], mask.bias);
-            const bool is_visible = mask.is_key && row_data.mask.is_row && x.base2 != -INFINITY &&
+            const bool is_visible = row_data.mask.is_row && x.base2 != -INFINITY &&
                                     row_data.mask.sees(in.mask, mask.position, mask.segment);
             visible[column] |= static_cast<std::uint32_t>(is_visible) << place;
             const float prob = is_visible ? ptx::exp2_approx(x.base2 - row_data.lse) : 0;

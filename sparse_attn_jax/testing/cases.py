@@ -101,6 +101,10 @@ CASES = (
         name="full_attention", special="no token mask at all, everything selected", is_causal=False, indices="all",
         has_lse_gradient=True,
     ),
+    Case(
+        name="full_attention_odd_bf16", special="the same, and the last block is not whole", is_causal=False, indices="all",
+        q_len=50, kv_len=77, dtype="bfloat16", has_key_bias=True,
+    ),
     # Queries against a longer or shorter sequence of keys.
     Case(
         name="odd_prefix", special="chunked prefill after an odd prefix", q_len=50, kv_len=147, indices="realistic",
