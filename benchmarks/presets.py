@@ -47,7 +47,7 @@ def make_baseline(name: str, dense_max_len: int) -> Contender:
 
 
 def readme_sections(seed: int, implementations, dense_max_len: int) -> list[Section]:
-    """The README's table, for two CPU cores: about ten minutes."""
+    """The README's table, for two CPU cores: about thirteen minutes."""
     common = dict(batch=1, head_dim=64, kv_len=None, kv_block_size=64, is_causal=True, dtype="float32", seed=seed)
     grouped = dict(num_q_heads=8, num_kv_heads=2, q_block_size=1, **common)
     blocks = sized_case(q_len=8192, num_q_heads=4, num_kv_heads=4, q_block_size=64, num_slots=8, indices="local", **common)

@@ -110,13 +110,14 @@ def build_plan(
         repeats = num_blocks(min(selection.q_block_size, q_len), tile_size)
         blocks = jnp.repeat(blocks, repeats, axis=2)[:, :, :num_tiles]
         membership = None if membership is None else jnp.repeat(membership, repeats, axis=2)[:, :, :num_tiles]
-    inverse = _invert(blocks, num_kv_blocks) if with_inverse else (None, None, None)
-    return TilePlan(
-        blocks,
-        (blocks >= 0).sum(-1, dtype=jnp.int32),
-        membership,
-        *inverse,
-        selection.predicate,
+    plan = TilePlan(
+        blocks=blocks,
+        counts=(blocks >= 0).sum(-1, dtype=jnp.int32),
+        membership=membership,
+        inverse_offsets=None,
+        inverse_tiles=None,
+        inverse_slots=None,
+        predicate=selection.predicate,
         q_len=q_len,
         kv_len=kv_len,
         num_q_heads=num_q_heads,
@@ -129,6 +130,7 @@ def build_plan(
         row_group_tokens=row_group_tokens,
         row_group_heads=1 if per_q_head else group_size,
     )
+    return add_inverse(plan) if with_inverse else plan
 
 
 def add_inverse(plan: TilePlan) -> TilePlan:

@@ -1,7 +1,9 @@
 """Settings that have to be made before jax is imported, and hypothesis profiles."""
 
 import os
+import shutil
 
+import pytest
 from hypothesis import settings
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -13,3 +15,12 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture(scope="session")
+def cpp_compiler() -> str:
+    found = shutil.which("g++")
+    if found is None:
+        assert not os.environ.get("CI"), "CI needs g++"
+        pytest.skip("needs g++, of version 12 or newer")
+    return found

@@ -2,8 +2,8 @@
 //
 // Threads are fibers, and each runs until it waits for others. What a kernel may not rely on is
 // made to fail:
-//  - shared memory starts as NaN, and so does the target of a copy until the copying thread has
-//  waited for it;
+//  - shared memory starts as NaN, and the target of a copy may not be touched until the copying
+//  thread has waited for it;
 //  - the order in which CTAs and threads run is drawn from a seed;
 //  - two accesses to the same word, one of them a write, need a barrier between them (or the other
 //  primitives that order them);

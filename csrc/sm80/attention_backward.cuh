@@ -20,10 +20,9 @@ struct QueryGradientConfig {
   static constexpr int kKeys = kKeys_;  // of a chunk
   static constexpr int kThreads = 32 * kWarps_;
   static constexpr int kRows = 16 * kWarps_;
-  static constexpr int kStages = 2;
+  using Ring = KeyRing<kHeadDim, kKeys, kThreads>;
   static constexpr int kTileBytes = kRows * kRowBytes<kHeadDim>;
-  static constexpr int kChunkBytes = kKeys * kRowBytes<kHeadDim>;
-  static constexpr int kSharedBytes = 2 * kTileBytes + kStages * 2 * kChunkBytes;
+  static constexpr int kSharedBytes = 2 * kTileBytes + Ring::kBytes;
   static_assert(kSharedBytes <= kMostSharedBytes);
 };
 
@@ -47,41 +46,26 @@ __global__ void __launch_bounds__(Config::kThreads)
     delta[half] = ptx::load_global(p.delta + tile.row_offset(in.shape, rows[half]));
   }
 
-  const std::uint32_t query = ptx::shared_base(), d_out = query + Config::kTileBytes,
-                      ring = d_out + Config::kTileBytes;
-  const auto key_of = [&](int chunk) {
-    return ring + chunk % Config::kStages * 2 * Config::kChunkBytes;
-  };
-  const auto fetch = [&](int chunk) {
-    const int first = chunks.first_key(chunk);
-    const auto row_of = [&](int i) -> std::int64_t {
-      return first < 0 || first + i >= in.shape.kv_len ? -1 : tile.key_offset(in.shape, first + i);
-    };
-    copy_rows<kHeadDim, Config::kThreads>(key_of(chunk), in.key, kKeys, row_of);
-    copy_rows<kHeadDim, Config::kThreads>(key_of(chunk) + Config::kChunkBytes, in.value, kKeys,
-                                          row_of);
-  };
+  const std::uint32_t query = ptx::shared_base(), d_out = query + Config::kTileBytes;
+  const typename Config::Ring ring(in, tile, chunks, d_out + Config::kTileBytes);
   const auto row_of = [&](int row) -> std::int64_t {
     return row < tile.num_rows ? tile.row_offset(in.shape, row) : -1;
   };
   copy_rows<kHeadDim, Config::kThreads>(query, in.query, Config::kRows, row_of);
   copy_rows<kHeadDim, Config::kThreads>(d_out, p.d_out, Config::kRows, row_of);
-  if (chunks.count() > 0) fetch(0);
-  ptx::copy_commit();
+  ring.fetch(0);
 
   Sums<kHeadDim> d_query = {};
   for (int chunk = 0; chunk < chunks.count(); ++chunk) {
-    if (chunk + 1 < chunks.count()) fetch(chunk + 1);
-    ptx::copy_commit();
+    ring.fetch(chunk + 1);
     ptx::copy_wait<1>();
     ptx::sync_threads();  // every thread's copies of this chunk are there
     const int first_key = chunks.first_key(chunk);
     if (first_key >= 0) {
       const std::uint32_t own_rows = 16 * warp * kRowBytes<kHeadDim>;
       Sums<kKeys> scores = {}, d_probs = {};
-      multiply_transposed<T, kHeadDim, kKeys>(scores, query + own_rows, key_of(chunk));
-      multiply_transposed<T, kHeadDim, kKeys>(d_probs, d_out + own_rows,
-                                              key_of(chunk) + Config::kChunkBytes);
+      multiply_transposed<T, kHeadDim, kKeys>(scores, query + own_rows, ring.key(chunk));
+      multiply_transposed<T, kHeadDim, kKeys>(d_probs, d_out + own_rows, ring.value(chunk));
       const bool is_chosen[2] = {chose(in.plan, tile, rows[0], chunks.slot(chunk)),
                                  chose(in.plan, tile, rows[1], chunks.slot(chunk))};
       std::uint32_t visible[kKeys / 8];  // bit 2 half + i
@@ -108,7 +92,7 @@ __global__ void __launch_bounds__(Config::kThreads)
       std::uint32_t keep[kKeys / 8];
       wanted_by_any<kKeys>(keep,
                            [&](int column, int i) { return (visible[column] >> i & 5) != 0; });
-      multiply_registers<T, kHeadDim, kKeys>(d_query, scores, keep, key_of(chunk));
+      multiply_registers<T, kHeadDim, kKeys>(d_query, scores, keep, ring.key(chunk));
     }
     ptx::sync_threads();  // the stage may be written again
   }

@@ -19,10 +19,9 @@ struct ForwardConfig {
   static constexpr int kKeys = kKeys_;  // of a chunk
   static constexpr int kThreads = 32 * kWarps_;
   static constexpr int kRows = 16 * kWarps_;
-  static constexpr int kStages = 2;
+  using Ring = KeyRing<kHeadDim, kKeys, kThreads>;
   static constexpr int kQueryBytes = kRows * kRowBytes<kHeadDim>;
-  static constexpr int kChunkBytes = kKeys * kRowBytes<kHeadDim>;
-  static constexpr int kSharedBytes = kQueryBytes + kStages * 2 * kChunkBytes;
+  static constexpr int kSharedBytes = kQueryBytes + Ring::kBytes;
   static_assert(kHeadDim % 16 == 0 && kKeys % 16 == 0 && kSharedBytes <= kMostSharedBytes);
 };
 
@@ -78,40 +77,27 @@ __global__ void __launch_bounds__(Config::kThreads)
   const RowMask masks[2] = {RowMask(in.shape, in.mask, tile, rows[0]),
                             RowMask(in.shape, in.mask, tile, rows[1])};
 
-  const std::uint32_t query = ptx::shared_base(), ring = query + Config::kQueryBytes;
-  const auto key_of = [&](int chunk) {
-    return ring + chunk % Config::kStages * 2 * Config::kChunkBytes;
-  };
-  const auto fetch = [&](int chunk) {
-    const int first = chunks.first_key(chunk);
-    const auto row_of = [&](int i) -> std::int64_t {
-      return first < 0 || first + i >= in.shape.kv_len ? -1 : tile.key_offset(in.shape, first + i);
-    };
-    copy_rows<kHeadDim, Config::kThreads>(key_of(chunk), in.key, kKeys, row_of);
-    copy_rows<kHeadDim, Config::kThreads>(key_of(chunk) + Config::kChunkBytes, in.value, kKeys,
-                                          row_of);
-  };
+  const std::uint32_t query = ptx::shared_base();
+  const typename Config::Ring ring(in, tile, chunks, query + Config::kQueryBytes);
 
   copy_rows<kHeadDim, Config::kThreads>(
       query, in.query, Config::kRows, [&](int row) -> std::int64_t {
         return row < tile.num_rows ? tile.row_offset(in.shape, row) : -1;
       });
-  if (chunks.count() > 0) fetch(0);
-  ptx::copy_commit();
+  ring.fetch(0);
 
   Accumulator<Config> accumulator;
   for (int chunk = 0; chunk < chunks.count(); ++chunk) {
     // The stage of the next chunk is free: all warps have passed the barrier at the end of the last
     // round.
-    if (chunk + 1 < chunks.count()) fetch(chunk + 1);
-    ptx::copy_commit();
+    ring.fetch(chunk + 1);
     ptx::copy_wait<1>();
     ptx::sync_threads();  // every thread's copies of this chunk are there
     const int first_key = chunks.first_key(chunk);
     if (first_key >= 0) {
       Sums<kKeys> scores = {};
       multiply_transposed<T, kHeadDim, kKeys>(scores, query + 16 * warp * kRowBytes<kHeadDim>,
-                                              key_of(chunk));
+                                              ring.key(chunk));
       const bool is_chosen[2] = {chose(in.plan, tile, rows[0], chunks.slot(chunk)),
                                  chose(in.plan, tile, rows[1], chunks.slot(chunk))};
       SPARSE_ATTN_UNROLL
@@ -134,8 +120,7 @@ __global__ void __launch_bounds__(Config::kThreads)
         return scores[column][i] != -INFINITY || scores[column][2 + i] != -INFINITY;
       });
       accumulator.rescale(scores);
-      multiply_registers<T, kHeadDim, kKeys>(accumulator.out, scores, keep,
-                                             key_of(chunk) + Config::kChunkBytes);
+      multiply_registers<T, kHeadDim, kKeys>(accumulator.out, scores, keep, ring.value(chunk));
     }
     ptx::sync_threads();  // the stage may be written again
   }

@@ -36,6 +36,44 @@ __device__ __forceinline__ void copy_rows(std::uint32_t to, const void* from, in
   }
 }
 
+// The two stages through which the chunks of a tile pass: keys, then values.
+template <int kHeadDim, int kKeys, int kThreads>
+class KeyRing {
+ public:
+  static constexpr int kStages = 2;
+  static constexpr int kChunkBytes = kKeys * kRowBytes<kHeadDim>;
+  static constexpr int kBytes = kStages * 2 * kChunkBytes;
+
+  __device__ KeyRing(const AttentionInputs& in, const Tile& tile, const Chunks<kKeys>& chunks,
+                     std::uint32_t base)
+      : in_(in), tile_(tile), chunks_(chunks), base_(base) {}
+
+  __device__ std::uint32_t key(int chunk) const {
+    return base_ + chunk % kStages * 2 * kChunkBytes;
+  }
+  __device__ std::uint32_t value(int chunk) const { return key(chunk) + kChunkBytes; }
+
+  // Starts the copies of a chunk, if there is one, and ends their group.
+  __device__ void fetch(int chunk) const {
+    if (chunk < chunks_.count()) {
+      const int first = chunks_.first_key(chunk);
+      const auto row_of = [&](int i) -> std::int64_t {
+        return first < 0 || first + i >= in_.shape.kv_len ? -1
+                                                          : tile_.key_offset(in_.shape, first + i);
+      };
+      copy_rows<kHeadDim, kThreads>(key(chunk), in_.key, kKeys, row_of);
+      copy_rows<kHeadDim, kThreads>(value(chunk), in_.value, kKeys, row_of);
+    }
+    ptx::copy_commit();
+  }
+
+ private:
+  const AttentionInputs& in_;
+  const Tile& tile_;
+  const Chunks<kKeys>& chunks_;
+  std::uint32_t base_;
+};
+
 // sums[16, kColumns] += a[16, kHeadDim] b[kColumns, kHeadDim]^T.
 template <class T, int kHeadDim, int kColumns>
 __device__ __forceinline__ void multiply_transposed(Sums<kColumns>& sums, std::uint32_t a,
