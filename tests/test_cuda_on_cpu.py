@@ -26,7 +26,8 @@ MAX_ROWS = 64
 def library(cpp_compiler, tmp_path_factory) -> ctypes.CDLL:
     made = tmp_path_factory.mktemp("host_sim") / "libsparse_attn_host_sim.so"
     flags = ["-std=c++20", "-O2", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"]
-    sources = [*CSRC.glob("host_sim/*.cc"), CSRC / "ffi" / "host_sim.cc"]
+    sources = [*CSRC.glob("host_sim/*.cc"), CSRC / "ffi" / "handlers.cc", CSRC / "launchers.cc"]
+    sources += ["-x", "c++", *CSRC.glob("sm*/launchers.cu")]
     command = [cpp_compiler, *flags, f"-I{CSRC}", "-isystem", jax.ffi.include_dir(), *sources, "-o", made]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

@@ -47,4 +47,5 @@ def attributes(problem: Problem, plan: TilePlan, seed: int) -> dict[str, Any]:
         row_group_heads=np.int32(plan.row_group_heads),
         is_causal=problem.is_causal,
         seed=np.int64(seed),
+        arch=np.int32(80),
     )

@@ -1,26 +1,29 @@
-// The SM80 kernels as XLA custom calls for the platform "cpu", run by the simulator.
+// What the custom calls of attention are given: arrays and attributes, checked as they come from
+// outside of Python.
+#pragma once
+
 #include <algorithm>
+#include <cstdint>
+#include <cstring>
 #include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "sm80/attention_backward.cuh"
-#include "sm80/attention_forward.cuh"
+#include "launchers.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace sparse_attn {
-namespace {
 
 namespace ffi = xla::ffi;
 
-std::string shape_text(ffi::Span<const std::int64_t> shape) {
+inline std::string shape_text(ffi::Span<const std::int64_t> shape) {
   std::string text = "[";
   for (std::size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
   return text + "]";
 }
 
-// Checks the arguments as they come from outside of Python.
+// Keeps the first error.
 class Checker {
  public:
   void shape(const char* name, const ffi::AnyBuffer& x, std::vector<std::int64_t> expected) {
@@ -43,8 +46,6 @@ class Checker {
  private:
   std::optional<std::string> error_;
 };
-
-using Buffers = std::vector<host_sim::Buffer>;
 
 // The arguments and results of a call, by position, with the names that errors give them.
 class Call {
@@ -76,9 +77,10 @@ class Call {
     return (*this)[name].element_count() == 0 ? nullptr : get<T>(name, dtype, std::move(shape));
   }
 
+#if SPARSE_ATTN_HOST_SIM
   // What a launch may touch. Results start as NaN.
-  Buffers buffers() const {
-    Buffers all;
+  std::vector<host_sim::Buffer> buffers() const {
+    std::vector<host_sim::Buffer> all;
     for (std::size_t i = 0; i < arrays_.size(); ++i) {
       const bool is_result = i >= num_args_;
       all.push_back({arrays_[i].untyped_data(), arrays_[i].size_bytes(), is_result, names_[i]});
@@ -87,6 +89,7 @@ class Call {
     }
     return all;
   }
+#endif
 
   Checker check;
 
@@ -107,11 +110,12 @@ struct Attributes {
   float scale, logits_soft_cap;
   std::int32_t kv_block_size, tile_size, row_group_tokens, row_group_heads;
   bool is_causal;
-  std::int64_t seed;
+  std::int64_t seed;  // the order in which a simulated grid runs
+  std::int32_t arch;  // of the kernels
 };
 
 // What forward and backward share of their arguments. Check the call's error afterwards.
-AttentionInputs read_inputs(Call& call, const Attributes& attributes) {
+inline AttentionInputs read_inputs(Call& call, const Attributes& attributes) {
   AttentionInputs in{};
   Checker& check = call.check;
   const auto q_shape = call["query"].dimensions(), k_shape = call["key"].dimensions();
@@ -128,8 +132,8 @@ AttentionInputs read_inputs(Call& call, const Attributes& attributes) {
                      head_dim = q_shape[3];
   const std::int64_t kv_len = k_shape[1], num_kv_heads = k_shape[2];
   const std::int64_t num_tiles = list_shape[2], capacity = list_shape[3];
-  const auto [scale, soft_cap, block_size, tile_size, group_tokens, group_heads, is_causal, seed] =
-      attributes;
+  const auto [scale, soft_cap, block_size, tile_size, group_tokens, group_heads, is_causal, seed,
+              arch] = attributes;
   check.require(head_dim == 64 || head_dim == 96 || head_dim == 128 || head_dim == 256,
                 "head_dim must be 64, 96, 128 or 256");
   check.require(block_size == 16 || block_size == 32 || block_size == 64 || block_size == 128,
@@ -195,157 +199,26 @@ AttentionInputs read_inputs(Call& call, const Attributes& attributes) {
   return in;
 }
 
-// Calls `run<T, kHeadDim, kKeys>()` for the kernel variant of a problem; chunks have at most
-// `kMostKeys(head_dim)` keys.
-template <class T, int kHeadDim, int kMostKeys, class Run>
-void dispatch_block_size(int block_size, Run run) {
-  constexpr int kLarge = kMostKeys < 64 ? kMostKeys : 64;
-  if (block_size == 16) return run.template operator()<T, kHeadDim, 16>();
-  if (block_size == 32) return run.template operator()<T, kHeadDim, 32>();
-  run.template operator()<T, kHeadDim, kLarge>();
-}
-
-template <class T, int kMostKeysOf256, class Run>
-void dispatch_head_dim(int head_dim, int block_size, Run run) {
-  if (head_dim == 64) return dispatch_block_size<T, 64, 64>(block_size, run);
-  if (head_dim == 96) return dispatch_block_size<T, 96, 64>(block_size, run);
-  if (head_dim == 128) return dispatch_block_size<T, 128, 64>(block_size, run);
-  dispatch_block_size<T, 256, kMostKeysOf256>(block_size, run);
-}
-
-template <int kMostKeysOf256, class Run>
-void dispatch(const ffi::AnyBuffer& query, int block_size, Run run) {
-  const int head_dim = static_cast<int>(query.dimensions()[3]);
-  if (query.element_type() == ffi::DataType::BF16) {
-    dispatch_head_dim<ptx::BFloat16, kMostKeysOf256>(head_dim, block_size, run);
-  } else {
-    dispatch_head_dim<ptx::Float16, kMostKeysOf256>(head_dim, block_size, run);
-  }
-}
-
-template <class Config, class Params>
-void launch(void (*kernel)(Params), unsigned x, const Params& params, const Buffers& buffers,
-            std::uint64_t seed) {
-  const host_sim::Dim3 grid{x, static_cast<unsigned>(params.in.shape.num_kv_heads),
-                            static_cast<unsigned>(params.in.shape.batch)};
-  host_sim::launch(grid, {Config::kThreads}, {.seed = seed, .shared_bytes = Config::kSharedBytes},
-                   buffers, [&] { kernel(params); });
-}
-
-const std::vector<const char*> kInputNames = {
+inline const std::vector<const char*> kInputNames = {
     "query",       "key",         "value",        "key_bias",     "blocks",
     "counts",      "membership",  "q_positions",  "kv_positions", "q_segments",
     "kv_segments", "window_left", "window_right", "num_sinks"};
 
-std::vector<const char*> names_of_call(std::vector<const char*> more) {
+inline std::vector<const char*> names_of_call(std::vector<const char*> more) {
   std::vector<const char*> names = kInputNames;
   names.insert(names.end(), more.begin(), more.end());
   return names;
 }
 
-ffi::Error attention_forward(ffi::RemainingArgs args, ffi::RemainingRets rets, float scale,
-                             float logits_soft_cap, std::int32_t kv_block_size,
-                             std::int32_t tile_size, std::int32_t row_group_tokens,
-                             std::int32_t row_group_heads, bool is_causal, std::int64_t seed) {
-  Call call(args, rets, names_of_call({"out", "lse"}), 2);
-  if (call.check.error()) return ffi::Error::InvalidArgument(*call.check.error());
-  AttentionForwardParams params{};
-  params.in = read_inputs(call, {scale, logits_soft_cap, kv_block_size, tile_size, row_group_tokens,
-                                 row_group_heads, is_causal, seed});
-  if (call.check.error()) return ffi::Error::InvalidArgument(*call.check.error());
-  const auto q = call["query"].dimensions();
-  params.out = call.get<void>("out", call["query"].element_type(), {q[0], q[1], q[2], q[3]});
-  params.lse = call.get<float>("lse", kFloat, {q[0], q[1], q[2]});
-  if (call.check.error()) return ffi::Error::InvalidArgument(*call.check.error());
-  const Buffers buffers = call.buffers();
-  try {
-    dispatch<32>(call["query"], kv_block_size, [&]<class T, int kHeadDim, int kKeys>() {
-      using Config = sm80::ForwardConfig<T, kHeadDim, kKeys>;
-      launch<Config>(sm80::attention_forward<Config>, params.in.plan.num_tiles, params, buffers,
-                     seed);
-    });
-  } catch (const host_sim::Error& error) {
-    return ffi::Error::Internal(error.what());
-  }
-  return ffi::Error::Success();
-}
-
-ffi::Error attention_backward(ffi::RemainingArgs args, ffi::RemainingRets rets, float scale,
-                              float logits_soft_cap, std::int32_t kv_block_size,
-                              std::int32_t tile_size, std::int32_t row_group_tokens,
-                              std::int32_t row_group_heads, bool is_causal, std::int64_t seed) {
-  Call call(args, rets,
-            names_of_call({"d_out", "lse", "delta", "inverse_offsets", "inverse_tiles",
-                           "inverse_slots", "d_query", "d_key", "d_value", "d_key_bias"}),
-            4);
-  if (call.check.error()) return ffi::Error::InvalidArgument(*call.check.error());
-  AttentionBackwardParams params{};
-  params.in = read_inputs(call, {scale, logits_soft_cap, kv_block_size, tile_size, row_group_tokens,
-                                 row_group_heads, is_causal, seed});
-  if (call.check.error()) return ffi::Error::InvalidArgument(*call.check.error());
-  const auto q = call["query"].dimensions(), k = call["key"].dimensions();
-  const auto dtype = call["query"].element_type();
-  const PlanParams& plan = params.in.plan;
-  const std::int64_t entries = static_cast<std::int64_t>(plan.num_tiles) * plan.capacity;
-  const std::int64_t num_kv_blocks = (k[1] + kv_block_size - 1) / kv_block_size;
-  params.d_out = call.get<void>("d_out", dtype, {q[0], q[1], q[2], q[3]});
-  params.lse = call.get<float>("lse", kFloat, {q[0], q[1], q[2]});
-  params.delta = call.get<float>("delta", kFloat, {q[0], q[1], q[2]});
-  params.inverse_offsets = call.get<std::int32_t>(
-      "inverse_offsets", kInt, {plan.plan_batch, plan.plan_heads, num_kv_blocks + 1});
-  params.inverse_tiles =
-      call.get<std::int32_t>("inverse_tiles", kInt, {plan.plan_batch, plan.plan_heads, entries});
-  params.inverse_slots =
-      call.get<std::int32_t>("inverse_slots", kInt, {plan.plan_batch, plan.plan_heads, entries});
-  params.d_query = call.get<void>("d_query", dtype, {q[0], q[1], q[2], q[3]});
-  params.d_key = call.get<void>("d_key", dtype, {k[0], k[1], k[2], k[3]});
-  params.d_value = call.get<void>("d_value", dtype, {k[0], k[1], k[2], k[3]});
-  params.d_key_bias = call.option<float>("d_key_bias", kFloat, {k[0], k[2], k[1]});
-  if (call.check.error()) return ffi::Error::InvalidArgument(*call.check.error());
-  const Buffers buffers = call.buffers();
-  try {
-    dispatch<32>(call["query"], kv_block_size, [&]<class T, int kHeadDim, int kKeys>() {
-      using Config = sm80::QueryGradientConfig<T, kHeadDim, kKeys>;
-      launch<Config>(sm80::query_gradient<Config>, plan.num_tiles, params, buffers, seed);
-    });
-    dispatch<64>(call["query"], kv_block_size, [&]<class T, int kHeadDim, int kKeys>() {
-      using sm80::KeyGradient;
-      const auto num_chunks = static_cast<unsigned>((k[1] + kKeys - 1) / kKeys);
-      const auto run = [&]<KeyGradient kWhich>() {
-        using Config = sm80::KeyGradientConfig<T, kHeadDim, kKeys, kWhich>;
-        launch<Config>(sm80::key_gradient<Config>, num_chunks, params, buffers, seed);
-      };
-      if constexpr (kHeadDim <= 128) {
-        run.template operator()<KeyGradient::kBoth>();
-      } else {
-        run.template operator()<KeyGradient::kKey>();
-        run.template operator()<KeyGradient::kValue>();
-      }
-    });
-  } catch (const host_sim::Error& error) {
-    return ffi::Error::Internal(error.what());
-  }
-  return ffi::Error::Success();
-}
-
-auto bind() {
-  return ffi::Ffi::Bind()
-      .RemainingArgs()
-      .RemainingRets()
-      .Attr<float>("scale")
-      .Attr<float>("logits_soft_cap")
-      .Attr<std::int32_t>("kv_block_size")
-      .Attr<std::int32_t>("tile_size")
-      .Attr<std::int32_t>("row_group_tokens")
-      .Attr<std::int32_t>("row_group_heads")
-      .Attr<bool>("is_causal")
-      .Attr<std::int64_t>("seed");
-}
-
-}  // namespace
 }  // namespace sparse_attn
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(sparse_attn_attention_forward, sparse_attn::attention_forward,
-                              sparse_attn::bind());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(sparse_attn_attention_backward, sparse_attn::attention_backward,
-                              sparse_attn::bind());
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(sparse_attn::Attributes,
+                                      ::xla::ffi::StructMember<float>("scale"),
+                                      ::xla::ffi::StructMember<float>("logits_soft_cap"),
+                                      ::xla::ffi::StructMember<std::int32_t>("kv_block_size"),
+                                      ::xla::ffi::StructMember<std::int32_t>("tile_size"),
+                                      ::xla::ffi::StructMember<std::int32_t>("row_group_tokens"),
+                                      ::xla::ffi::StructMember<std::int32_t>("row_group_heads"),
+                                      ::xla::ffi::StructMember<bool>("is_causal"),
+                                      ::xla::ffi::StructMember<std::int64_t>("seed"),
+                                      ::xla::ffi::StructMember<std::int32_t>("arch"));
