@@ -1,10 +1,7 @@
 """The CUDA kernels themselves, run on a CPU by the simulator, against the oracle on the cases of every implementation."""
 
-import ctypes
 import dataclasses
 import functools
-import subprocess
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,27 +15,14 @@ from sparse_attn_jax.testing import compare
 from sparse_attn_jax.testing.cases import CASES, Case, case_named
 from sparse_attn_jax.testing.inputs import Inputs, make_inputs
 
-CSRC = Path(__file__).absolute().parent.parent / "csrc"
 MAX_ROWS = 64
 
 
-@pytest.fixture(scope="module")
-def library(cpp_compiler, tmp_path_factory) -> ctypes.CDLL:
-    made = tmp_path_factory.mktemp("host_sim") / "libsparse_attn_host_sim.so"
-    flags = ["-std=c++20", "-O2", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"]
-    sources = [*CSRC.glob("host_sim/*.cc"), CSRC / "ffi" / "handlers.cc", CSRC / "launchers.cc"]
-    sources += ["-x", "c++", *CSRC.glob("sm*/launchers.cu")]
-    command = [cpp_compiler, *flags, f"-I{CSRC}", "-isystem", jax.ffi.include_dir(), *sources, "-o", made]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return ctypes.cdll.LoadLibrary(str(made))
-
-
 @pytest.fixture(autouse=True)
-def cuda_on_cpu(library, monkeypatch):
+def cuda_on_cpu(simulated_kernels, monkeypatch):
     """`implementation="cuda"` runs on the simulator."""
     for target in (attention_forward.TARGET, attention_backward.TARGET):
-        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(simulated_kernels, target)), platform="cpu")
     monkeypatch.setattr(cuda, "supports", lambda problem: ())
     set_order(monkeypatch, seed=0)
 

@@ -20,7 +20,7 @@ auto bind() {
       .RemainingArgs()
       .RemainingRets()
       .Attrs<Attributes>()
-      .Ctx<ffi::PlatformStream<CUstream_st*> >();
+      .Ctx<ffi::PlatformStream<CUstream_st*>>();
 }
 LaunchContext context_of(const Call&, const Attributes&, CUstream_st* stream) { return {stream}; }
 #endif
