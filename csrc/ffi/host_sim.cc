@@ -35,8 +35,11 @@ class Checker {
     if (!error_ && x.element_type() != expected)
       error_ = std::string(name) + " has the wrong dtype";
   }
+  void fail(std::string what) {
+    if (!error_) error_ = std::move(what);
+  }
   void require(bool condition, const char* what) {
-    if (!error_ && !condition) error_ = what;
+    if (!condition) fail(what);
   }
   std::optional<std::string> error() const { return error_; }
 
@@ -110,6 +113,19 @@ struct Attributes {
   std::int64_t seed;
 };
 
+// The leading axis of an array that may have fewer rows than the batch; 1 for an option that is
+// off.
+std::int64_t rows_that_divide(Call& call, const std::string& name, std::int64_t batch) {
+  if (call[name].element_count() == 0 || call[name].dimensions().size() == 0) return 1;
+  const std::int64_t rows = call[name].dimensions()[0];
+  if (rows < 1 || batch % rows != 0) {
+    call.check.fail(name + " has " + std::to_string(rows) + " rows; needed is a divisor of " +
+                    std::to_string(batch));
+    return 1;
+  }
+  return rows;
+}
+
 // What forward and backward share of their arguments. Check the call's error afterwards.
 AttentionInputs read_inputs(Call& call, const Attributes& attributes) {
   AttentionInputs in{};
@@ -140,7 +156,6 @@ AttentionInputs read_inputs(Call& call, const Attributes& attributes) {
                 "tile_size and row groups must be positive");
   if (check.error()) return in;
   const std::int64_t group_size = num_q_heads / num_kv_heads;
-  check.require(tile_size * group_size <= 64, "tile_size * group_size must be at most 64");
   check.require(num_tiles == (q_len + tile_size - 1) / tile_size,
                 "blocks has the wrong number of tiles");
   check.require(tile_size % group_tokens == 0 && group_size % group_heads == 0,
@@ -151,23 +166,26 @@ AttentionInputs read_inputs(Call& call, const Attributes& attributes) {
   const std::int64_t num_groups = tile_size / group_tokens * (group_size / group_heads);
   check.require(num_words == 0 ? num_groups == 1 : 32 * num_words >= num_groups,
                 "membership has too few words");
-  check.require(position_shape[0] == 1 || position_shape[0] == batch,
-                "q_positions must be [1 or batch, q_len]");
-  check.require(list_shape[0] == 1 || list_shape[0] == batch, "blocks must have 1 or `batch` rows");
+  const auto rows_of = [&](const char* name) { return rows_that_divide(call, name, batch); };
+  const std::int64_t plan_batch = rows_of("blocks"), key_batch = rows_of("key");
   check.require(list_shape[1] == 1 || list_shape[1] == num_kv_heads,
                 "blocks must have 1 or `num_kv_heads` heads");
 
-  in.shape = {static_cast<int>(batch),        static_cast<int>(q_len),
-              static_cast<int>(kv_len),       static_cast<int>(num_q_heads),
-              static_cast<int>(num_kv_heads), block_size};
+  in.shape = {.batch = static_cast<int>(batch),
+              .q_len = static_cast<int>(q_len),
+              .kv_len = static_cast<int>(kv_len),
+              .num_q_heads = static_cast<int>(num_q_heads),
+              .num_kv_heads = static_cast<int>(num_kv_heads),
+              .key_batch = static_cast<int>(key_batch),
+              .kv_block_size = block_size};
   in.plan = {
-      .blocks = call.get<std::int32_t>("blocks", kInt,
-                                       {list_shape[0], list_shape[1], num_tiles, capacity}),
-      .counts = call.get<std::int32_t>("counts", kInt, {list_shape[0], list_shape[1], num_tiles}),
-      .membership = call.option<std::uint32_t>(
-          "membership", ffi::DataType::U32,
-          {list_shape[0], list_shape[1], num_tiles, capacity, num_words}),
-      .plan_batch = static_cast<int>(list_shape[0]),
+      .blocks =
+          call.get<std::int32_t>("blocks", kInt, {plan_batch, list_shape[1], num_tiles, capacity}),
+      .counts = call.get<std::int32_t>("counts", kInt, {plan_batch, list_shape[1], num_tiles}),
+      .membership =
+          call.option<std::uint32_t>("membership", ffi::DataType::U32,
+                                     {plan_batch, list_shape[1], num_tiles, capacity, num_words}),
+      .plan_batch = static_cast<int>(plan_batch),
       .plan_heads = static_cast<int>(list_shape[1]),
       .num_tiles = static_cast<int>(num_tiles),
       .capacity = static_cast<int>(capacity),
@@ -175,21 +193,30 @@ AttentionInputs read_inputs(Call& call, const Attributes& attributes) {
       .tile_size = tile_size,
       .row_group_tokens = group_tokens,
       .row_group_heads = group_heads};
-  in.mask = {.q_positions = call.get<std::int32_t>("q_positions", kInt, {position_shape[0], q_len}),
-             .kv_positions = call.option<std::int32_t>("kv_positions", kInt, {kv_len}),
-             .q_segments = call.option<std::int32_t>("q_segments", kInt, {batch, q_len}),
-             .kv_segments = call.option<std::int32_t>("kv_segments", kInt, {batch, kv_len}),
-             .window_left = call.option<std::int32_t>("window_left", kInt, {num_q_heads}),
-             .window_right = call.option<std::int32_t>("window_right", kInt, {num_q_heads}),
-             .num_sinks = call.option<std::int32_t>("num_sinks", kInt, {num_q_heads}),
-             .position_batch = static_cast<int>(position_shape[0]),
-             .is_causal = is_causal};
+  const auto rows = [&](const char* name) { return static_cast<int>(rows_of(name)); };
+  const auto option = [&](const char* name, std::int64_t size) {
+    return call.option<std::int32_t>(name, kInt, {rows_of(name), size});
+  };
+  in.mask = {
+      .q_positions = call.get<std::int32_t>("q_positions", kInt, {rows_of("q_positions"), q_len}),
+      .kv_positions = option("kv_positions", kv_len),
+      .q_segments = call.option<std::int32_t>("q_segments", kInt, {batch, q_len}),
+      .kv_segments = call.option<std::int32_t>("kv_segments", kInt, {batch, kv_len}),
+      .window_left = option("window_left", num_q_heads),
+      .window_right = option("window_right", num_q_heads),
+      .num_sinks = option("num_sinks", num_q_heads),
+      .position_batch = rows("q_positions"),
+      .kv_position_batch = rows("kv_positions"),
+      .window_left_batch = rows("window_left"),
+      .window_right_batch = rows("window_right"),
+      .num_sinks_batch = rows("num_sinks"),
+      .is_causal = is_causal};
   check.require((in.mask.q_segments == nullptr) == (in.mask.kv_segments == nullptr),
                 "segments need both sides");
   in.query = call["query"].untyped_data();
-  in.key = call.get<void>("key", dtype, {batch, kv_len, num_kv_heads, head_dim});
-  in.value = call.get<void>("value", dtype, {batch, kv_len, num_kv_heads, head_dim});
-  in.key_bias = call.option<float>("key_bias", kFloat, {batch, num_kv_heads, kv_len});
+  in.key = call.get<void>("key", dtype, {key_batch, kv_len, num_kv_heads, head_dim});
+  in.value = call.get<void>("value", dtype, {key_batch, kv_len, num_kv_heads, head_dim});
+  in.key_bias = call.option<float>("key_bias", kFloat, {key_batch, num_kv_heads, kv_len});
   in.scale = scale;
   in.logits_soft_cap = soft_cap;
   return in;
@@ -232,6 +259,11 @@ void launch(void (*kernel)(Params), unsigned x, const Params& params, const Buff
                    buffers, [&] { kernel(params); });
 }
 
+template <class Config>
+unsigned num_slices(const AttentionInputs& in) {
+  return in.plan.num_tiles * Tile::slices_per_tile(in.shape, in.plan, Config::kRows);
+}
+
 const std::vector<const char*> kInputNames = {
     "query",       "key",         "value",        "key_bias",     "blocks",
     "counts",      "membership",  "q_positions",  "kv_positions", "q_segments",
@@ -246,8 +278,10 @@ std::vector<const char*> names_of_call(std::vector<const char*> more) {
 ffi::Error attention_forward(ffi::RemainingArgs args, ffi::RemainingRets rets, float scale,
                              float logits_soft_cap, std::int32_t kv_block_size,
                              std::int32_t tile_size, std::int32_t row_group_tokens,
-                             std::int32_t row_group_heads, bool is_causal, std::int64_t seed) {
+                             std::int32_t row_group_heads, bool is_causal, std::int32_t arch,
+                             std::int64_t seed) {
   Call call(args, rets, names_of_call({"out", "lse"}), 2);
+  call.check.require(arch == 80, "arch must be 80");
   if (call.check.error()) return ffi::Error::InvalidArgument(*call.check.error());
   AttentionForwardParams params{};
   params.in = read_inputs(call, {scale, logits_soft_cap, kv_block_size, tile_size, row_group_tokens,
@@ -261,8 +295,8 @@ ffi::Error attention_forward(ffi::RemainingArgs args, ffi::RemainingRets rets, f
   try {
     dispatch<32>(call["query"], kv_block_size, [&]<class T, int kHeadDim, int kKeys>() {
       using Config = sm80::ForwardConfig<T, kHeadDim, kKeys>;
-      launch<Config>(sm80::attention_forward<Config>, params.in.plan.num_tiles, params, buffers,
-                     seed);
+      launch<Config>(sm80::attention_forward<Config>, num_slices<Config>(params.in), params,
+                     buffers, seed);
     });
   } catch (const host_sim::Error& error) {
     return ffi::Error::Internal(error.what());
@@ -273,11 +307,15 @@ ffi::Error attention_forward(ffi::RemainingArgs args, ffi::RemainingRets rets, f
 ffi::Error attention_backward(ffi::RemainingArgs args, ffi::RemainingRets rets, float scale,
                               float logits_soft_cap, std::int32_t kv_block_size,
                               std::int32_t tile_size, std::int32_t row_group_tokens,
-                              std::int32_t row_group_heads, bool is_causal, std::int64_t seed) {
+                              std::int32_t row_group_heads, bool is_causal, std::int32_t arch,
+                              std::int64_t seed, std::int32_t num_parts,
+                              std::int32_t entries_per_part) {
   Call call(args, rets,
             names_of_call({"d_out", "lse", "delta", "inverse_offsets", "inverse_tiles",
-                           "inverse_slots", "d_query", "d_key", "d_value", "d_key_bias"}),
-            4);
+                           "inverse_slots", "inverse_parts", "first_partials", "d_query", "d_key",
+                           "d_value", "d_key_bias", "partials"}),
+            5);
+  call.check.require(arch == 80, "arch must be 80");
   if (call.check.error()) return ffi::Error::InvalidArgument(*call.check.error());
   AttentionBackwardParams params{};
   params.in = read_inputs(call, {scale, logits_soft_cap, kv_block_size, tile_size, row_group_tokens,
@@ -291,26 +329,41 @@ ffi::Error attention_backward(ffi::RemainingArgs args, ffi::RemainingRets rets, 
   params.d_out = call.get<void>("d_out", dtype, {q[0], q[1], q[2], q[3]});
   params.lse = call.get<float>("lse", kFloat, {q[0], q[1], q[2]});
   params.delta = call.get<float>("delta", kFloat, {q[0], q[1], q[2]});
-  params.inverse_offsets = call.get<std::int32_t>(
-      "inverse_offsets", kInt, {plan.plan_batch, plan.plan_heads, num_kv_blocks + 1});
-  params.inverse_tiles =
-      call.get<std::int32_t>("inverse_tiles", kInt, {plan.plan_batch, plan.plan_heads, entries});
-  params.inverse_slots =
-      call.get<std::int32_t>("inverse_slots", kInt, {plan.plan_batch, plan.plan_heads, entries});
+  const auto read_inverse = [&](const char* name, std::int64_t size) {
+    return call.get<std::int32_t>(name, kInt, {plan.plan_batch, plan.plan_heads, size});
+  };
+  const auto partials_shape = call["partials"].dimensions();
+  call.check.require(partials_shape.size() == 5, "partials needs five dimensions");
+  call.check.require(num_parts >= num_kv_blocks && entries_per_part > 0,
+                     "num_parts or entries_per_part is too small");
+  if (call.check.error()) return ffi::Error::InvalidArgument(*call.check.error());
+  const std::int64_t num_partials = partials_shape[2];
+  params.inverse = {.offsets = read_inverse("inverse_offsets", num_kv_blocks + 1),
+                    .tiles = read_inverse("inverse_tiles", entries),
+                    .slots = read_inverse("inverse_slots", entries),
+                    .parts = read_inverse("inverse_parts", num_kv_blocks + 1),
+                    .first_partials = read_inverse("first_partials", num_kv_blocks),
+                    .num_parts = num_parts,
+                    .num_partials = static_cast<int>(num_partials),
+                    .entries_per_part = entries_per_part};
+  params.partials =
+      call.get<float>("partials", kFloat, {q[0], k[2], num_partials, kv_block_size, 2 * k[3] + 2});
   params.d_query = call.get<void>("d_query", dtype, {q[0], q[1], q[2], q[3]});
-  params.d_key = call.get<void>("d_key", dtype, {k[0], k[1], k[2], k[3]});
-  params.d_value = call.get<void>("d_value", dtype, {k[0], k[1], k[2], k[3]});
-  params.d_key_bias = call.option<float>("d_key_bias", kFloat, {k[0], k[2], k[1]});
+  params.d_key = call.get<void>("d_key", dtype, {q[0], k[1], k[2], k[3]});
+  params.d_value = call.get<void>("d_value", dtype, {q[0], k[1], k[2], k[3]});
+  params.d_key_bias = call.option<float>("d_key_bias", kFloat, {q[0], k[2], k[1]});
   if (call.check.error()) return ffi::Error::InvalidArgument(*call.check.error());
   const Buffers buffers = call.buffers();
   try {
     dispatch<32>(call["query"], kv_block_size, [&]<class T, int kHeadDim, int kKeys>() {
       using Config = sm80::QueryGradientConfig<T, kHeadDim, kKeys>;
-      launch<Config>(sm80::query_gradient<Config>, plan.num_tiles, params, buffers, seed);
+      launch<Config>(sm80::query_gradient<Config>, num_slices<Config>(params.in), params, buffers,
+                     seed);
     });
     dispatch<64>(call["query"], kv_block_size, [&]<class T, int kHeadDim, int kKeys>() {
       using sm80::KeyGradient;
-      const auto num_chunks = static_cast<unsigned>((k[1] + kKeys - 1) / kKeys);
+      const auto num_chunks =
+          static_cast<unsigned>(params.inverse.num_parts) * (kv_block_size / kKeys);
       const auto run = [&]<KeyGradient kWhich>() {
         using Config = sm80::KeyGradientConfig<T, kHeadDim, kKeys, kWhich>;
         launch<Config>(sm80::key_gradient<Config>, num_chunks, params, buffers, seed);
@@ -321,6 +374,9 @@ ffi::Error attention_backward(ffi::RemainingArgs args, ffi::RemainingRets rets, 
         run.template operator()<KeyGradient::kKey>();
         run.template operator()<KeyGradient::kValue>();
       }
+      using Config = sm80::SumPartialsConfig<T, kHeadDim>;
+      launch<Config>(sm80::sum_partials<Config>, static_cast<unsigned>(num_kv_blocks), params,
+                     buffers, seed);
     });
   } catch (const host_sim::Error& error) {
     return ffi::Error::Internal(error.what());
@@ -339,6 +395,7 @@ auto bind() {
       .Attr<std::int32_t>("row_group_tokens")
       .Attr<std::int32_t>("row_group_heads")
       .Attr<bool>("is_causal")
+      .Attr<std::int32_t>("arch")
       .Attr<std::int64_t>("seed");
 }
 
@@ -347,5 +404,20 @@ auto bind() {
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(sparse_attn_attention_forward, sparse_attn::attention_forward,
                               sparse_attn::bind());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(sparse_attn_attention_backward, sparse_attn::attention_backward,
-                              sparse_attn::bind());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    sparse_attn_attention_backward, sparse_attn::attention_backward,
+    sparse_attn::bind().Attr<std::int32_t>("num_parts").Attr<std::int32_t>("entries_per_part"));
+
+extern "C" const char* sparse_attn_variants() {
+  static const std::string text = [] {
+    std::string made;
+    for (const char* dtype : {"bfloat16", "float16"})
+      for (int head_dim : {64, 96, 128, 256})
+        made += std::string(made.empty() ? "[" : ", ") +
+                "{\"kernel\": \"attention\", \"arch\": 80, \"dtype\": \"" + dtype +
+                "\", \"head_dim\": " + std::to_string(head_dim) +
+                ", \"kv_block_sizes\": [16, 32, 64, 128]}";
+    return made + "]";
+  }();
+  return text.c_str();
+}
