@@ -74,9 +74,7 @@ struct InverseParams {
                                 // of each block start; one block has at least one
   const std::int32_t* first_partials;  // [plan_batch, plan_heads, num_kv_blocks], for blocks of
                                        // several parts: where their sums start in `partials`
-  int num_parts;                       // at most, of one row
   int num_partials;
-  int entries_per_part;
 };
 
 struct AttentionBackwardParams {

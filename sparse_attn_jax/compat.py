@@ -19,11 +19,6 @@ def varying_axes(x: jax.Array) -> frozenset[str]:
     return jax.typeof(x).manual_axis_type.varying
 
 
-def result_like(shape: tuple[int, ...], dtype, x: jax.Array) -> jax.ShapeDtypeStruct:
-    """A foreign call's result that varies over the mesh axes that its argument x varies over."""
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
-
-
 # JAX 0.10 gathers and scatters 16-bit floats on a CPU by way of a float32 copy of the whole array, but not their bits.
 _STORES_BITS = jax.__version_info__ < (0, 11)
 

@@ -43,15 +43,14 @@ class InverseList {
     set_block(low);
     part_ = part - first_part(low);
     exists_ = part_ >= 0 && part_ < num_parts_ && has_partials();
+    if (!exists_) return;
     const std::int64_t begin = ptx::load_global(offsets_ + block_),
                        end = ptx::load_global(offsets_ + block_ + 1);
-    const std::int64_t size = static_cast<std::int64_t>(inverse_->entries_per_part);
-    first_entry_ = (begin < 0 ? 0 : begin) + part_ * size;
-    const std::int64_t last = end < num_entries_ ? end : num_entries_;
-    const std::int64_t part_end = first_entry_ + size;
-    // The last part takes what is left, should there be more than the parts were made for.
-    const std::int64_t stop = part_end < last && part_ + 1 < num_parts_ ? part_end : last;
-    count_ = stop > first_entry_ ? stop - first_entry_ : 0;
+    const std::int64_t first = begin < 0 ? 0 : begin,
+                       last = end < num_entries_ ? end : num_entries_;
+    const std::int64_t size = last > first ? (last - first + num_parts_ - 1) / num_parts_ : 0;
+    first_entry_ = first + part_ * size;
+    count_ = last - first_entry_ < size ? last - first_entry_ : size;
   }
 
   // All parts of a block, without their entries.

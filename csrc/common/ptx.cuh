@@ -5,12 +5,13 @@
 // Shared memory is addressed by 32-bit byte offsets, as the instructions do it.
 #pragma once
 
-#if defined(__CUDACC__)
+#include "common/target.h"
+
+#if !SPARSE_ATTN_HOST_SIM
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <cstdint>
-#define SPARSE_ATTN_HOST_SIM 0
 // The call's place in the source, which the simulator reports: a last parameter, and what hands it
 // on.
 #define SPARSE_ATTN_AT
@@ -23,7 +24,6 @@
 #include <source_location>
 
 #include "host_sim/cuda.h"
-#define SPARSE_ATTN_HOST_SIM 1
 #define SPARSE_ATTN_ONLY_AT std::source_location location = std::source_location::current()
 #define SPARSE_ATTN_AT , SPARSE_ATTN_ONLY_AT
 #define SPARSE_ATTN_HERE , location

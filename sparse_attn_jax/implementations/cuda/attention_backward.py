@@ -4,7 +4,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from sparse_attn_jax.implementations.cuda import library
 from sparse_attn_jax.implementations.cuda.arguments import AXES, attention_arguments, attention_attributes
@@ -43,15 +42,11 @@ class Parts:
     Attributes:
       first: int32 [plan batch, plan heads, num_kv_blocks + 1], the number of the parts of all blocks before.
       first_partial: int32 [plan batch, plan heads, num_kv_blocks], the same of blocks with several parts only.
-      entries_per_part: entries of a list.
-      max_parts: no row has more parts.
-      max_partials: no row has more parts of blocks with several.
+      max_partials: no row has more parts of blocks with several; nor more than this plus num_kv_blocks in all.
     """
 
     first: jax.Array
     first_partial: jax.Array
-    entries_per_part: int
-    max_parts: int
     max_partials: int
 
 
@@ -68,7 +63,7 @@ def split_lists(plan: TilePlan) -> Parts:
     fits = end <= max_partials
     parts = jnp.where(fits, parts, 1)
     first = jnp.pad(jnp.cumsum(parts, axis=-1), [(0, 0), (0, 0), (1, 0)])
-    return Parts(first, end - several, entries_per_part, num_kv_blocks + max_partials, max_partials)
+    return Parts(first, end - several, max_partials)
 
 
 def backward(
@@ -98,7 +93,6 @@ def backward(
         parts.first_partial,
     )
     attributes = library.call_attributes(problem) | attention_attributes(problem, plan)
-    attributes |= dict(num_parts=np.int32(parts.max_parts), entries_per_part=np.int32(parts.entries_per_part))
     sizes = dict(m=parts.max_partials, u=problem.kv_block_size, v=2 * problem.head_dim + 2)
     without = ("d_key_bias",) if bias is None else ()
     d_query, d_key, d_value, d_bias, _ = BACKWARD(*arguments, sizes=sizes, without=without, **attributes)

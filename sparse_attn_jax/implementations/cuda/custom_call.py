@@ -89,8 +89,9 @@ def _layers(entry, sizes, without, attributes):
         found = entry.axis_sizes([x.shape for x in arrays], sizes)
         shapes = [(0,) if r.name in without else tuple(found[axis] for axis in r.axes) for r in entry.results]
         dtypes = [result.dtype or arrays[0].dtype for result in entry.results]
-        outputs = [compat.result_like(shape, dtype, arrays[0]) for shape, dtype in zip(shapes, dtypes, strict=True)]
-        return tuple(jax.ffi.ffi_call(entry.target, outputs)(*arrays, **dict(attributes)))
+        outputs = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+        results = jax.ffi.ffi_call(entry.target, outputs)(*arrays, **dict(attributes))
+        return tuple(compat.vary_like(x, arrays[0]) for x in results)
 
     partitioned = custom_partitioning(call)
     partitioned.def_partition(

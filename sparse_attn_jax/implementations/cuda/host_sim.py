@@ -29,7 +29,7 @@ def missing(path: str) -> str | None:
 
 
 def sources() -> list[Path]:
-    return sorted([*CSRC.glob("host_sim/*.cc"), CSRC / "ffi" / "host_sim.cc"])
+    return sorted([*CSRC.glob("host_sim/*.cc"), CSRC / "ffi" / "handlers.cc", *CSRC.glob("*.cc"), *CSRC.glob("sm*/*.cu")])
 
 
 def build(flags: tuple[str, ...] = ()) -> Path:
@@ -42,7 +42,7 @@ def build(flags: tuple[str, ...] = ()) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)  # others may want it at the same time
         if made.exists():
             return made
-        command = [COMPILER, *FLAGS, *flags, "-shared", f"-I{CSRC}", "-isystem", jax.ffi.include_dir()]
+        command = [COMPILER, *FLAGS, *flags, "-shared", f"-I{CSRC}", "-isystem", jax.ffi.include_dir(), "-x", "c++"]
         done = subprocess.run([*command, *map(str, sources()), "-o", f"{scratch}/made.so"], capture_output=True, text=True)
         if done.returncode != 0:
             raise RuntimeError(f"the simulator does not compile:\n{done.stderr}")

@@ -1,0 +1,94 @@
+// Starts kernels, on a GPU or in the simulator.
+#pragma once
+
+#include <cxxabi.h>
+
+#include <cstdlib>
+#include <memory>
+#include <string>
+#include <typeinfo>
+#include <vector>
+
+#include "common/ptx.cuh"
+#include "launchers.h"
+
+namespace sparse_attn {
+
+struct Grid {
+  std::int64_t x, y, z;  // blocks
+};
+
+// No allocation, no synchronisation: a launch may be captured into a CUDA graph.
+template <class Config, class Params>
+Status launch(void (*kernel)(Params), const Grid& grid, const Params& params,
+              const LaunchContext& context) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return {};
+  if (grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535) {
+    return "a grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " +
+           std::to_string(grid.z) +
+           " blocks (tiles or keys, num_kv_heads, batch); the largest is " +
+           "2147483647 x 65535 x 65535";
+  }
+  const auto x = static_cast<unsigned>(grid.x), y = static_cast<unsigned>(grid.y),
+             z = static_cast<unsigned>(grid.z);
+#if SPARSE_ATTN_HOST_SIM
+  try {
+    host_sim::launch({x, y, z}, {Config::kThreads},
+                     {.seed = context.seed, .shared_bytes = Config::kSharedBytes}, context.buffers,
+                     [&] { kernel(params); });
+  } catch (const host_sim::Error& error) {
+    return error.what();
+  }
+#else
+  cudaError_t error = cudaSuccess;
+  // What a block may have without asking.
+  if constexpr (Config::kSharedBytes > 48 * 1024) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 Config::kSharedBytes);
+  }
+  if (error == cudaSuccess) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = {x, y, z};
+    config.blockDim = {Config::kThreads};
+    config.dynamicSmemBytes = Config::kSharedBytes;
+    config.stream = context.stream;
+    error = cudaLaunchKernelEx(&config, kernel, params);
+  }
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // else the next caller of CUDA on this thread would find it
+    return std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);
+  }
+#endif
+  return {};
+}
+
+// Kernels that run one after the other. Each has a `Config`, an entry `kKernel`, and the `grid` of
+// its parameters.
+template <class... Kernels>
+struct Sequence {
+  template <class Params>
+  static Status run(const Params& params, const LaunchContext& context) {
+    Status status;
+    const auto start = [&]<class Kernel>() {
+      status =
+          launch<typename Kernel::Config>(Kernel::kKernel, Kernel::grid(params), params, context);
+      return !status;
+    };
+    static_cast<void>((start.template operator()<Kernels>() && ...));
+    return status;
+  }
+
+  static void list(std::vector<KernelInfo>& kernels) {
+    (kernels.push_back(info<typename Kernels::Config>()), ...);
+  }
+
+ private:
+  template <class Config>
+  static KernelInfo info() {
+    const std::unique_ptr<char, void (*)(void*)> name(
+        abi::__cxa_demangle(typeid(Config).name(), nullptr, nullptr, nullptr), std::free);
+    return {name.get(), Config::kThreads, Config::kSharedBytes};
+  }
+};
+
+}  // namespace sparse_attn

@@ -1,0 +1,9 @@
+// The custom calls.
+#pragma once
+
+#include "xla/ffi/api/ffi.h"
+
+extern "C" {
+XLA_FFI_Error* sparse_attn_attention_forward(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* sparse_attn_attention_backward(XLA_FFI_CallFrame* call_frame);
+}

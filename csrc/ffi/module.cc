@@ -1,0 +1,32 @@
+// The Python module of the GPU's kernels.
+#include <pybind11/pybind11.h>
+
+#include "ffi/handlers.h"
+#include "launchers.h"
+
+namespace {
+
+namespace py = pybind11;
+
+py::capsule capsule(XLA_FFI_Handler* handler) {
+  return py::capsule(reinterpret_cast<void*>(handler));
+}
+
+py::dict registrations() {
+  py::dict handlers;
+  handlers["sparse_attn_attention_forward"] = capsule(sparse_attn_attention_forward);
+  handlers["sparse_attn_attention_backward"] = capsule(sparse_attn_attention_backward);
+  return handlers;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_kernels, module) {
+  module.doc() = "The hand-written CUDA kernels, as compiled.";
+  module.def(
+      "registrations", registrations,
+      "What jax.ffi.register_ffi_target takes for platform \"CUDA\": handlers by target name.");
+  module.def("variants", sparse_attn_variants,
+             "The compiled variants, as JSON (csrc/launchers.h).");
+  module.def("kernels", sparse_attn_kernels, "What each kernel takes of a GPU, as JSON.");
+}

@@ -1,0 +1,106 @@
+#include "launchers.h"
+
+#include <algorithm>
+#include <map>
+#include <set>
+#include <tuple>
+
+namespace sparse_attn {
+namespace {
+
+const std::vector<AttentionVariant>& attention_variants() {
+  static const std::vector<AttentionVariant> all = [] {
+    const auto of_sm80 = sm80::attention_variants();
+    return std::vector<AttentionVariant>(of_sm80.begin(), of_sm80.end());
+  }();
+  return all;
+}
+
+const char* name_of(Dtype dtype) { return dtype == Dtype::kBFloat16 ? "bfloat16" : "float16"; }
+
+template <class Items, class Text>
+std::string joined(const Items& items, Text text) {
+  std::string all;
+  for (const auto& item : items) all += (all.empty() ? "" : ", ") + text(item);
+  return all;
+}
+
+// Why no variant was found.
+std::string missing(const VariantKey& key) {
+  std::set<int> archs;
+  for (const auto& variant : attention_variants()) archs.insert(variant.key.arch);
+  if (archs.count(key.arch) == 0) {
+    return "arch is " + std::to_string(key.arch) + ", and kernels are compiled in for " +
+           joined(archs, [](int arch) { return std::to_string(arch); }) +
+           "; pass one of these, or build the extension with SPARSE_ATTN_CUDA_ARCHITECTURES naming "
+           "the architecture";
+  }
+  return "no attention kernel of arch " + std::to_string(key.arch) + " is compiled in for " +
+         name_of(key.dtype) + ", head_dim " + std::to_string(key.head_dim) + ", kv_block_size " +
+         std::to_string(key.kv_block_size);
+}
+
+template <class Params>
+Status run(Status (*AttentionVariant::*pass)(const Params&, const LaunchContext&),
+           const VariantKey& key, const Params& params, const LaunchContext& context) {
+  for (const auto& variant : attention_variants()) {
+    if (variant.key == key) return (variant.*pass)(params, context);
+  }
+  return missing(key);
+}
+
+std::string variants_json() {
+  std::map<std::tuple<int, Dtype, int>, std::vector<int>> block_sizes;
+  for (const auto& [key, forward, backward, kernels] : attention_variants())
+    block_sizes[{key.arch, key.dtype, key.head_dim}].push_back(key.kv_block_size);
+  return "[" +
+         joined(block_sizes,
+                [](const auto& item) {
+                  const auto& [arch, dtype, head_dim] = item.first;
+                  return R"({"kernel": "attention", "arch": )" + std::to_string(arch) +
+                         R"(, "dtype": ")" + name_of(dtype) + R"(", "head_dim": )" +
+                         std::to_string(head_dim) + R"(, "kv_block_sizes": [)" +
+                         joined(item.second, [](int size) { return std::to_string(size); }) + "]}";
+                }) +
+         "]";
+}
+
+std::string kernels_json() {
+  std::map<std::string, KernelInfo> kernels;  // variants share some
+  for (const auto& variant : attention_variants()) {
+    for (auto& kernel : variant.kernels()) kernels[kernel.config] = kernel;
+  }
+  return "[" +
+         joined(kernels,
+                [](const auto& item) {
+                  const KernelInfo& kernel = item.second;
+                  return R"({"config": ")" + kernel.config + R"(", "threads": )" +
+                         std::to_string(kernel.threads) + R"(, "shared_bytes": )" +
+                         std::to_string(kernel.shared_bytes) + "}";
+                }) +
+         "]";
+}
+
+}  // namespace
+
+Status attention_forward(const VariantKey& key, const AttentionForwardParams& params,
+                         const LaunchContext& context) {
+  return run(&AttentionVariant::forward, key, params, context);
+}
+
+Status attention_backward(const VariantKey& key, const AttentionBackwardParams& params,
+                          const LaunchContext& context) {
+  return run(&AttentionVariant::backward, key, params, context);
+}
+
+}  // namespace sparse_attn
+
+const char* sparse_attn_variants() {
+  static const std::string text = sparse_attn::variants_json();
+  return text.c_str();
+}
+
+const char* sparse_attn_kernels() {
+  static const std::string text = sparse_attn::kernels_json();
+  return text.c_str();
+}

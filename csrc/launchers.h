@@ -1,0 +1,77 @@
+// The compiled kernels as plain functions, which know no XLA type: the caller has checked the
+// shapes and dtypes of all arrays.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "common/target.h"
+#include "params.h"
+
+#if SPARSE_ATTN_HOST_SIM
+#include "host_sim/simulator.h"
+#else
+struct CUstream_st;
+#endif
+
+namespace sparse_attn {
+
+// What went wrong, if anything did.
+using Status = std::optional<std::string>;
+
+// Where kernels run.
+struct LaunchContext {
+#if SPARSE_ATTN_HOST_SIM
+  std::uint64_t seed;                     // the order in which the blocks and threads of a grid run
+  std::vector<host_sim::Buffer> buffers;  // what kernels may touch
+#else
+  CUstream_st* stream;  // a cudaStream_t
+#endif
+};
+
+enum class Dtype { kBFloat16, kFloat16 };
+
+// What a kernel is chosen by.
+struct VariantKey {
+  int arch;  // of the kernel's source: 80 is csrc/sm80
+  Dtype dtype;
+  int head_dim;
+  int kv_block_size;
+  bool operator==(const VariantKey&) const = default;
+};
+
+// What a kernel takes of a multiprocessor.
+struct KernelInfo {
+  std::string config;  // the type that the kernel is a template over
+  int threads;         // of a block
+  int shared_bytes;    // dynamic
+};
+
+struct AttentionVariant {
+  VariantKey key;
+  Status (*forward)(const AttentionForwardParams&, const LaunchContext&);
+  Status (*backward)(const AttentionBackwardParams&, const LaunchContext&);
+  std::vector<KernelInfo> (*kernels)();
+};
+
+namespace sm80 {
+std::span<const AttentionVariant> attention_variants();
+}
+
+// These start kernels and return. They allocate nothing and wait for nothing.
+Status attention_forward(const VariantKey& key, const AttentionForwardParams& params,
+                         const LaunchContext& context);
+Status attention_backward(const VariantKey& key, const AttentionBackwardParams& params,
+                          const LaunchContext& context);
+
+}  // namespace sparse_attn
+
+// What was compiled, as JSON. `sparse_attn_variants`: a list of {"kernel": "attention", "arch": 80,
+// "dtype": "bfloat16", "head_dim": 64, "kv_block_sizes": [16, 32]}. `sparse_attn_kernels`: a list
+// of
+// {"config": ..., "threads": ..., "shared_bytes": ...}, as KernelInfo.
+extern "C" const char* sparse_attn_variants();
+extern "C" const char* sparse_attn_kernels();
