@@ -24,3 +24,9 @@ def cpp_compiler() -> str:
         assert not os.environ.get("CI"), "CI needs g++"
         pytest.skip("needs g++, of version 12 or newer")
     return found
+
+
+@pytest.fixture
+def cuda_on_cpu(cpp_compiler, monkeypatch) -> None:
+    """`implementation="cuda"` runs on the simulator."""
+    monkeypatch.setenv("SPARSE_ATTN_HOST_SIM", os.environ.get("SPARSE_ATTN_HOST_SIM", "1"))

@@ -26,17 +26,18 @@ def tile_size(problem: Problem) -> int:
 def supports(problem: Problem) -> tuple[str, ...]:
     """Reasons against running `problem`, forward and backward."""
     reasons = []
-    if problem.platform != "gpu" and not (problem.platform == "cpu" and library.is_simulated()):
+    on_simulator = problem.platform == "cpu" and library.is_simulated()
+    missing = library.missing("cpu" if on_simulator else "gpu")
+    if missing is not None:
+        reasons.append(f"no kernels: {missing}")
+    elif on_simulator or problem.platform == "gpu":
+        reasons += _reasons_of_variants(problem)
+    if not on_simulator and problem.platform != "gpu":
         reasons.append(f"platform is {problem.platform!r}; supported: 'gpu', and 'cpu' with {library.HOST_SIM}=1")
     if problem.predicate is not None:
         reasons.append(f"the selection has a predicate, {problem.predicate}; supported: none")
     if problem.value_head_dim != problem.head_dim:
         reasons.append(f"value_head_dim is {problem.value_head_dim}; supported: head_dim, which is {problem.head_dim}")
-    missing = library.missing("cpu" if problem.platform == "cpu" else "gpu")
-    if missing is not None:
-        reasons.append(f"no kernels: {missing}")
-    else:
-        reasons += _reasons_of_variants(problem)
     return tuple(reasons)
 
 

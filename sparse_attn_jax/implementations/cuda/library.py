@@ -48,9 +48,9 @@ class Variant:
 
 
 def missing(platform: str) -> str | None:
-    """Why there are no kernels for "cpu" or "gpu", or `None`."""
+    """Why there are no kernels for "gpu", or for "cpu" where `is_simulated`; or `None`."""
     if platform == "cpu":
-        return host_sim.missing(os.environ.get(HOST_SIM, "")) if is_simulated() else "no simulator is asked for"
+        return host_sim.missing(os.environ[HOST_SIM])
     if importlib.util.find_spec(MODULE) is None:
         return (
             "this install has no CUDA kernels, because it found no nvcc; `pip install 'sparse_attn_jax[cuda-build]'` brings "
