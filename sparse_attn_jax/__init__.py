@@ -10,6 +10,7 @@ from sparse_attn_jax.api import explain as explain
 from sparse_attn_jax.api import merge_attention as merge_attention
 from sparse_attn_jax.api import plan_attention as plan_attention
 from sparse_attn_jax.api import sparse_attention as sparse_attention
+from sparse_attn_jax.dispatch import CUSTOM_CALL_TARGETS as CUSTOM_CALL_TARGETS
 from sparse_attn_jax.dispatch import Explanation as Explanation
 from sparse_attn_jax.planning import TilePlan as TilePlan
 from sparse_attn_jax.scoring import compress_keys as compress_keys

@@ -81,7 +81,7 @@ def block_sparse_attention(
     if 0 in (problem.batch, problem.q_len, problem.kv_len):
         out, lse = _empty(problem)
     else:
-        plan = selection if isinstance(selection, TilePlan) else _plan(problem, selection)
+        plan = selection if isinstance(selection, TilePlan) else _plan(problem, selection, name)
         mask = _token_mask(
             problem, local_window_size, num_sinks, q_offset, query_segment_ids, key_value_segment_ids, plan.predicate
         )
@@ -153,7 +153,7 @@ def block_sparse_attention_varlen(
     else:
         mask = _varlen_mask(problem, q_packing, kv_packing, q_offset, local_window_size, num_sinks, selection.predicate)
         operands = Operands(q_row, key_row, value_row, bias_row)
-        out, lse = attention.attend(name, problem, operands, _plan(problem, row_selection), mask)
+        out, lse = attention.attend(name, problem, operands, _plan(problem, row_selection, name), mask)
     out, lse = varlen.from_row(q_packing, out[0], 0), varlen.from_row(q_packing, lse[0], -jnp.inf)
     return (out, lse) if return_residual else out
 
@@ -292,9 +292,9 @@ def explain(
     return dispatch.explain(validation.make_problem(query, key, value, selection, **options), implementation)
 
 
-def _plan(problem: Problem, selection: BlockSelection) -> TilePlan:
-    """The op's own plan. XLA's backward walks queries and has no use for the inverse."""
-    sizes = dict(q_len=problem.q_len, kv_len=problem.kv_len)
+def _plan(problem: Problem, selection: BlockSelection, implementation: str) -> TilePlan:
+    """The op's own plan. A backward that needs the inverse builds it."""
+    sizes = dict(q_len=problem.q_len, kv_len=problem.kv_len, tile_size=dispatch.get(implementation).tile_size(problem))
     heads = dict(num_q_heads=problem.num_q_heads, num_kv_heads=problem.num_kv_heads)
     return build_plan(selection, **sizes, **heads, with_inverse=False)
 

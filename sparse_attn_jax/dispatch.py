@@ -14,6 +14,10 @@ from sparse_attn_jax.scoring_problem import ScoringProblem
 # In order of preference.
 IMPLEMENTATIONS: Mapping[str, ModuleType] = {"mosaic": mosaic, "cuda": cuda, "xla": xla}
 
+# The names of the library's own custom calls. An exported program depends on them, which `jax.export.export` wants to be told:
+# disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(name) for name in CUSTOM_CALL_TARGETS].
+CUSTOM_CALL_TARGETS: tuple[str, ...] = cuda.CUSTOM_CALL_TARGETS
+
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:

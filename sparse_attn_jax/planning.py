@@ -1,6 +1,7 @@
 """`TilePlan`: the union of block lists that each query tile walks, and its inverse."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -69,12 +70,18 @@ MIXED_TILE_ROWS = 32
 SHARED_TILE_TOKENS = 64
 
 
-def default_tile_size(q_block_size: int, group_size: int, q_len: int) -> int:
+def default_tile_size(
+    q_block_size: int,
+    group_size: int,
+    q_len: int,
+    mixed_tile_rows: int = MIXED_TILE_ROWS,
+    shared_tile_tokens: int = SHARED_TILE_TOKENS,
+) -> int:
     """Tokens per query tile: whole query blocks where they are small, an even part of one where it is large."""
-    tokens = max(1, MIXED_TILE_ROWS // group_size)
+    tokens = max(1, mixed_tile_rows // group_size)
     if 2 * q_block_size >= tokens:
         # Rows of different query blocks share a tile only if the tile were too small otherwise.
-        tokens = max(tokens, min(q_block_size, SHARED_TILE_TOKENS))
+        tokens = max(tokens, min(q_block_size, shared_tile_tokens))
         tile_size = max(n for n in range(1, tokens + 1) if q_block_size % n == 0)
         tile_size = tile_size if 4 * tile_size >= tokens else tokens
     else:
@@ -178,12 +185,13 @@ def _union(lists: jax.Array, num_kv_blocks: int) -> tuple[jax.Array, jax.Array |
     is_first = (ids != jnp.where(before < 0, -1, before // num_groups)) & (ids < num_kv_blocks)
     slot = jnp.cumsum(is_first, axis=-1, dtype=jnp.int32) - 1
 
-    flat = (-1, ids.shape[-1])
-    tile = jnp.arange(math.prod(ids.shape[:-1]), dtype=jnp.int32)[:, None]
-    slot_of_first = jnp.where(is_first, slot, capacity).reshape(flat)
-    blocks = jnp.full((tile.shape[0], capacity), -1, jnp.int32)
-    blocks = blocks.at[tile, slot_of_first].set(ids.reshape(flat), mode="drop")
-    blocks = blocks.reshape(*ids.shape[:-1], capacity)
+    # Mapped over tiles and not over one flat axis of them: XLA can then split batch and heads between devices.
+    def over_tiles(function):
+        return functools.reduce(lambda mapped, _: jax.vmap(mapped), ids.shape[:-1], function)
+
+    slot_of_first = jnp.where(is_first, slot, capacity)
+    empty = jnp.full((capacity,), -1, jnp.int32)
+    blocks = over_tiles(lambda slots, ids: empty.at[slots].set(ids, mode="drop"))(slot_of_first, ids)
     if num_groups == 1:
         return blocks, None
 
@@ -191,11 +199,10 @@ def _union(lists: jax.Array, num_kv_blocks: int) -> tuple[jax.Array, jax.Array |
     row_group = keys % num_groups
     is_new = (keys != before) & (ids < num_kv_blocks)
     bit = jnp.uint32(1) << (row_group % WORD_BITS).astype(jnp.uint32)
-    slot_of_new = jnp.where(is_new, slot, capacity).reshape(flat)
-    membership = jnp.zeros((tile.shape[0], capacity, num_words), jnp.uint32)
-    word = (row_group // WORD_BITS).reshape(flat)
-    membership = membership.at[tile, slot_of_new, word].add(bit.reshape(flat), mode="drop")
-    return blocks, membership.reshape(*ids.shape[:-1], capacity, num_words)
+    slot_of_new = jnp.where(is_new, slot, capacity)
+    zeros = jnp.zeros((capacity, num_words), jnp.uint32)
+    set_bits = lambda slots, words, bits: zeros.at[slots, words].add(bits, mode="drop")
+    return blocks, over_tiles(set_bits)(slot_of_new, row_group // WORD_BITS, bit)
 
 
 def _invert(blocks: jax.Array, num_kv_blocks: int) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -1,10 +1,7 @@
 """Settings that have to be made before jax is imported, and hypothesis profiles."""
 
-import ctypes
 import os
 import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -29,17 +26,7 @@ def cpp_compiler() -> str:
     return found
 
 
-@pytest.fixture(scope="session")
-def simulated_kernels(cpp_compiler, tmp_path_factory) -> ctypes.CDLL:
-    """The CUDA kernels' custom calls, built for the simulator: handlers for platform "cpu"."""
-    import jax
-
-    csrc = Path(__file__).absolute().parent.parent / "csrc"
-    made = tmp_path_factory.mktemp("host_sim") / "libsparse_attn_host_sim.so"
-    flags = ["-std=c++20", "-O2", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"]
-    sources = [*csrc.glob("host_sim/*.cc"), csrc / "ffi" / "handlers.cc", csrc / "launchers.cc"]
-    sources += ["-x", "c++", *csrc.glob("sm*/launchers.cu")]
-    command = [cpp_compiler, *flags, f"-I{csrc}", "-isystem", jax.ffi.include_dir(), *sources, "-o", made]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return ctypes.cdll.LoadLibrary(str(made))
+@pytest.fixture
+def cuda_on_cpu(cpp_compiler, monkeypatch) -> None:
+    """`implementation="cuda"` runs on the simulator."""
+    monkeypatch.setenv("SPARSE_ATTN_HOST_SIM", os.environ.get("SPARSE_ATTN_HOST_SIM", "1"))

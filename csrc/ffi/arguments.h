@@ -41,8 +41,11 @@ class Checker {
     text << name << " has dtype " << x.element_type() << "; needed is " << expected;
     error_ = text.str();
   }
+  void fail(std::string what) {
+    if (!error_) error_ = std::move(what);
+  }
   void require(bool condition, const char* what) {
-    if (!error_ && !condition) error_ = what;
+    if (!condition) fail(what);
   }
   void fail(std::string what) {
     if (!error_) error_ = std::move(what);
@@ -131,6 +134,19 @@ struct Attributes {
   std::int32_t arch;  // of the kernels
 };
 
+// The leading axis of an array that may have fewer rows than the batch; 1 for an option that is
+// off.
+inline std::int64_t rows_that_divide(Call& call, const std::string& name, std::int64_t batch) {
+  if (call[name].element_count() == 0 || call[name].dimensions().size() == 0) return 1;
+  const std::int64_t rows = call[name].dimensions()[0];
+  if (rows < 1 || batch % rows != 0) {
+    call.check.fail(name + " has " + std::to_string(rows) + " rows; needed is a divisor of " +
+                    std::to_string(batch));
+    return 1;
+  }
+  return rows;
+}
+
 // What forward and backward share of their arguments. Check the call's error afterwards.
 inline AttentionInputs read_inputs(Call& call, const Attributes& attributes) {
   AttentionInputs in{};
@@ -161,7 +177,6 @@ inline AttentionInputs read_inputs(Call& call, const Attributes& attributes) {
                 "tile_size and row groups must be positive");
   if (check.error()) return in;
   const std::int64_t group_size = num_q_heads / num_kv_heads;
-  check.require(tile_size * group_size <= 64, "tile_size * group_size must be at most 64");
   check.require(num_tiles == (q_len + tile_size - 1) / tile_size,
                 "blocks has the wrong number of tiles");
   check.require(tile_size % group_tokens == 0 && group_size % group_heads == 0,
@@ -175,23 +190,26 @@ inline AttentionInputs read_inputs(Call& call, const Attributes& attributes) {
   const std::int64_t num_groups = tile_size / group_tokens * (group_size / group_heads);
   check.require(num_words == 0 ? num_groups == 1 : 32 * num_words >= num_groups,
                 "membership has too few words");
-  check.require(position_shape[0] == 1 || position_shape[0] == batch,
-                "q_positions must be [1 or batch, q_len]");
-  check.require(list_shape[0] == 1 || list_shape[0] == batch, "blocks must have 1 or `batch` rows");
+  const auto rows_of = [&](const char* name) { return rows_that_divide(call, name, batch); };
+  const std::int64_t plan_batch = rows_of("blocks"), key_batch = rows_of("key");
   check.require(list_shape[1] == 1 || list_shape[1] == num_kv_heads,
                 "blocks must have 1 or `num_kv_heads` heads");
 
-  in.shape = {static_cast<int>(batch),        static_cast<int>(q_len),
-              static_cast<int>(kv_len),       static_cast<int>(num_q_heads),
-              static_cast<int>(num_kv_heads), block_size};
+  in.shape = {.batch = static_cast<int>(batch),
+              .q_len = static_cast<int>(q_len),
+              .kv_len = static_cast<int>(kv_len),
+              .num_q_heads = static_cast<int>(num_q_heads),
+              .num_kv_heads = static_cast<int>(num_kv_heads),
+              .key_batch = static_cast<int>(key_batch),
+              .kv_block_size = block_size};
   in.plan = {
-      .blocks = call.get<std::int32_t>("blocks", kInt,
-                                       {list_shape[0], list_shape[1], num_tiles, capacity}),
-      .counts = call.get<std::int32_t>("counts", kInt, {list_shape[0], list_shape[1], num_tiles}),
-      .membership = call.option<std::uint32_t>(
-          "membership", ffi::DataType::U32,
-          {list_shape[0], list_shape[1], num_tiles, capacity, num_words}),
-      .plan_batch = static_cast<int>(list_shape[0]),
+      .blocks =
+          call.get<std::int32_t>("blocks", kInt, {plan_batch, list_shape[1], num_tiles, capacity}),
+      .counts = call.get<std::int32_t>("counts", kInt, {plan_batch, list_shape[1], num_tiles}),
+      .membership =
+          call.option<std::uint32_t>("membership", ffi::DataType::U32,
+                                     {plan_batch, list_shape[1], num_tiles, capacity, num_words}),
+      .plan_batch = static_cast<int>(plan_batch),
       .plan_heads = static_cast<int>(list_shape[1]),
       .num_tiles = static_cast<int>(num_tiles),
       .capacity = static_cast<int>(capacity),
@@ -199,21 +217,30 @@ inline AttentionInputs read_inputs(Call& call, const Attributes& attributes) {
       .tile_size = tile_size,
       .row_group_tokens = group_tokens,
       .row_group_heads = group_heads};
-  in.mask = {.q_positions = call.get<std::int32_t>("q_positions", kInt, {position_shape[0], q_len}),
-             .kv_positions = call.option<std::int32_t>("kv_positions", kInt, {kv_len}),
-             .q_segments = call.option<std::int32_t>("q_segments", kInt, {batch, q_len}),
-             .kv_segments = call.option<std::int32_t>("kv_segments", kInt, {batch, kv_len}),
-             .window_left = call.option<std::int32_t>("window_left", kInt, {num_q_heads}),
-             .window_right = call.option<std::int32_t>("window_right", kInt, {num_q_heads}),
-             .num_sinks = call.option<std::int32_t>("num_sinks", kInt, {num_q_heads}),
-             .position_batch = static_cast<int>(position_shape[0]),
-             .is_causal = is_causal};
+  const auto rows = [&](const char* name) { return static_cast<int>(rows_of(name)); };
+  const auto option = [&](const char* name, std::int64_t size) {
+    return call.option<std::int32_t>(name, kInt, {rows_of(name), size});
+  };
+  in.mask = {
+      .q_positions = call.get<std::int32_t>("q_positions", kInt, {rows_of("q_positions"), q_len}),
+      .kv_positions = option("kv_positions", kv_len),
+      .q_segments = call.option<std::int32_t>("q_segments", kInt, {batch, q_len}),
+      .kv_segments = call.option<std::int32_t>("kv_segments", kInt, {batch, kv_len}),
+      .window_left = option("window_left", num_q_heads),
+      .window_right = option("window_right", num_q_heads),
+      .num_sinks = option("num_sinks", num_q_heads),
+      .position_batch = rows("q_positions"),
+      .kv_position_batch = rows("kv_positions"),
+      .window_left_batch = rows("window_left"),
+      .window_right_batch = rows("window_right"),
+      .num_sinks_batch = rows("num_sinks"),
+      .is_causal = is_causal};
   check.require((in.mask.q_segments == nullptr) == (in.mask.kv_segments == nullptr),
                 "segments need both sides");
   in.query = call["query"].untyped_data();
-  in.key = call.get<void>("key", dtype, {batch, kv_len, num_kv_heads, head_dim});
-  in.value = call.get<void>("value", dtype, {batch, kv_len, num_kv_heads, head_dim});
-  in.key_bias = call.option<float>("key_bias", kFloat, {batch, num_kv_heads, kv_len});
+  in.key = call.get<void>("key", dtype, {key_batch, kv_len, num_kv_heads, head_dim});
+  in.value = call.get<void>("value", dtype, {key_batch, kv_len, num_kv_heads, head_dim});
+  in.key_bias = call.option<float>("key_bias", kFloat, {key_batch, num_kv_heads, kv_len});
   in.scale = scale;
   in.logits_soft_cap = soft_cap;
   return in;

@@ -57,8 +57,9 @@ ffi::Error backward(ffi::RemainingArgs args, ffi::RemainingRets rets, Attributes
                     Stream... stream) {
   Call call(args, rets,
             names_of_call({"d_out", "lse", "delta", "inverse_offsets", "inverse_tiles",
-                           "inverse_slots", "d_query", "d_key", "d_value", "d_key_bias"}),
-            4);
+                           "inverse_slots", "inverse_parts", "first_partials", "d_query", "d_key",
+                           "d_value", "d_key_bias", "partials"}),
+            5);
   if (call.check.error()) return ffi::Error::InvalidArgument(*call.check.error());
   AttentionBackwardParams params{};
   params.in = read_inputs(call, attributes);
@@ -72,16 +73,25 @@ ffi::Error backward(ffi::RemainingArgs args, ffi::RemainingRets rets, Attributes
   params.d_out = call.get<void>("d_out", dtype, {q[0], q[1], q[2], q[3]});
   params.lse = call.get<float>("lse", kFloat, {q[0], q[1], q[2]});
   params.delta = call.get<float>("delta", kFloat, {q[0], q[1], q[2]});
-  params.inverse_offsets = call.get<std::int32_t>(
-      "inverse_offsets", kInt, {plan.plan_batch, plan.plan_heads, num_kv_blocks + 1});
-  params.inverse_tiles =
-      call.get<std::int32_t>("inverse_tiles", kInt, {plan.plan_batch, plan.plan_heads, entries});
-  params.inverse_slots =
-      call.get<std::int32_t>("inverse_slots", kInt, {plan.plan_batch, plan.plan_heads, entries});
+  const auto partials_shape = call["partials"].dimensions();
+  call.check.require(partials_shape.size() == 5, "partials needs five dimensions");
+  if (call.check.error()) return ffi::Error::InvalidArgument(*call.check.error());
+  const std::int64_t num_partials = partials_shape[2];
+  const auto read_inverse = [&](const char* name, std::int64_t size) {
+    return call.get<std::int32_t>(name, kInt, {plan.plan_batch, plan.plan_heads, size});
+  };
+  params.inverse = {.offsets = read_inverse("inverse_offsets", num_kv_blocks + 1),
+                    .tiles = read_inverse("inverse_tiles", entries),
+                    .slots = read_inverse("inverse_slots", entries),
+                    .parts = read_inverse("inverse_parts", num_kv_blocks + 1),
+                    .first_partials = read_inverse("first_partials", num_kv_blocks),
+                    .num_partials = static_cast<int>(num_partials)};
+  params.partials = call.get<float>(
+      "partials", kFloat, {q[0], k[2], num_partials, attributes.kv_block_size, 2 * k[3] + 2});
   params.d_query = call.get<void>("d_query", dtype, {q[0], q[1], q[2], q[3]});
-  params.d_key = call.get<void>("d_key", dtype, {k[0], k[1], k[2], k[3]});
-  params.d_value = call.get<void>("d_value", dtype, {k[0], k[1], k[2], k[3]});
-  params.d_key_bias = call.option<float>("d_key_bias", kFloat, {k[0], k[2], k[1]});
+  params.d_key = call.get<void>("d_key", dtype, {q[0], k[1], k[2], k[3]});
+  params.d_value = call.get<void>("d_value", dtype, {q[0], k[1], k[2], k[3]});
+  params.d_key_bias = call.option<float>("d_key_bias", kFloat, {q[0], k[2], k[1]});
   if (call.check.error()) return ffi::Error::InvalidArgument(*call.check.error());
   return result_of(attention_backward(key_of(call, attributes), params,
                                       context_of(call, attributes, stream...)));

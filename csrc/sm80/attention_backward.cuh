@@ -4,9 +4,11 @@
 // dQ is query-major: the forward's walk. dK and dV are key-major: a CTA has a chunk of keys, 16 per
 // warp, and walks the query tiles that chose its block, by the inverse of the plan. All products of
 // that kernel are transposed, S^T = K Q^T, so that each warp sums the gradients of its own keys in
-// registers. No atomics: results do not depend on the order of CTAs.
+// registers. Blocks that very many tiles chose, as the first, are split between CTAs, whose float32
+// sums a last kernel adds. No atomics: results do not depend on the order of CTAs.
 #pragma once
 
+#include "common/inverse.cuh"
 #include "common/tile.cuh"
 #include "params.h"
 #include "sm80/matrix.cuh"
@@ -32,8 +34,8 @@ __global__ void __launch_bounds__(Config::kThreads)
   using T = typename Config::T;
   constexpr int kHeadDim = Config::kHeadDim, kKeys = Config::kKeys;
   const AttentionInputs& in = p.in;
-  const Tile tile(in.shape, in.plan, static_cast<int>(blockIdx.z), static_cast<int>(blockIdx.y),
-                  in.plan.num_tiles - 1 - static_cast<int>(blockIdx.x));
+  const Tile tile(in.shape, in.plan, Config::kRows, static_cast<int>(blockIdx.z),
+                  static_cast<int>(blockIdx.y), static_cast<int>(gridDim.x - 1 - blockIdx.x));
   const Chunks<kKeys> chunks(in, tile);
   const int warp = ptx::warp_index(), lane = ptx::lane_index();
   const int rows[2] = {16 * warp + lane / 4, 16 * warp + lane / 4 + 8};
@@ -61,37 +63,52 @@ __global__ void __launch_bounds__(Config::kThreads)
     ptx::copy_wait<1>();
     ptx::sync_threads();  // every thread's copies of this chunk are there
     const int first_key = chunks.first_key(chunk);
-    if (first_key >= 0) {
+    const bool is_chosen[2] = {chose(in.plan, tile, rows[0], chunks.slot(chunk)),
+                               chose(in.plan, tile, rows[1], chunks.slot(chunk))};
+    const Visible visible = visible_of_chunk<kKeys>(in, tile, masks, rows, is_chosen, first_key);
+    if (visible != Visible::kNone) {
       const std::uint32_t own_rows = 16 * warp * kRowBytes<kHeadDim>;
       Sums<kKeys> scores = {}, d_probs = {};
       multiply_transposed<T, kHeadDim, kKeys>(scores, query + own_rows, ring.key(chunk));
       multiply_transposed<T, kHeadDim, kKeys>(d_probs, d_out + own_rows, ring.value(chunk));
-      const bool is_chosen[2] = {chose(in.plan, tile, rows[0], chunks.slot(chunk)),
-                                 chose(in.plan, tile, rows[1], chunks.slot(chunk))};
-      std::uint32_t visible[kKeys / 8];  // bit 2 half + i
-      SPARSE_ATTN_UNROLL
-      for (int column = 0; column < kKeys / 8; ++column) {
-        visible[column] = 0;
+      // The gradient of a scaled product.
+      const auto d_score = [&](const Logit& x, int column, int place) {
+        const int half = place / 2;
+        return ptx::exp2_approx(x.base2 - lse[half]) * (d_probs[column][place] - delta[half]) *
+               x.slope;
+      };
+      std::uint32_t keep[kKeys / 8];
+      if (visible == Visible::kAll) {
         SPARSE_ATTN_UNROLL
-        for (int i = 0; i < 2; ++i) {
-          const KeyMask key(in, tile.batch, tile.kv_head,
-                            first_key + 8 * column + lane % 4 * 2 + i);
+        for (int column = 0; column < kKeys / 8; ++column) {
+          keep[column] = ~0u;
           SPARSE_ATTN_UNROLL
-          for (int half = 0; half < 2; ++half) {
-            const int place = 2 * half + i;
-            const Logit x = logit(in, scores[column][place], key.bias);
-            const bool is_visible = key.is_key && is_chosen[half] && x.base2 != -INFINITY &&
-                                    masks[half].sees(in.mask, key.position, key.segment);
-            visible[column] |= static_cast<std::uint32_t>(is_visible) << place;
-            const float d_logit =
-                ptx::exp2_approx(x.base2 - lse[half]) * (d_probs[column][place] - delta[half]);
-            scores[column][place] = is_visible ? d_logit * x.slope : 0;
+          for (int place = 0; place < 4; ++place) {
+            scores[column][place] = d_score(logit(in, scores[column][place], 0), column, place);
           }
         }
+      } else {
+        std::uint32_t seen[kKeys / 8];  // bit 2 half + i
+        SPARSE_ATTN_UNROLL
+        for (int column = 0; column < kKeys / 8; ++column) {
+          seen[column] = 0;
+          SPARSE_ATTN_UNROLL
+          for (int i = 0; i < 2; ++i) {
+            const KeyMask key(in, tile.batch, tile.kv_head,
+                              first_key + 8 * column + lane % 4 * 2 + i);
+            SPARSE_ATTN_UNROLL
+            for (int half = 0; half < 2; ++half) {
+              const int place = 2 * half + i;
+              const Logit x = logit(in, scores[column][place], key.bias);
+              const bool is_visible = key.is_key && is_chosen[half] && x.base2 != -INFINITY &&
+                                      masks[half].sees(in.mask, key.position, key.segment);
+              seen[column] |= static_cast<std::uint32_t>(is_visible) << place;
+              scores[column][place] = is_visible ? d_score(x, column, place) : 0;
+            }
+          }
+        }
+        wanted_by_any<kKeys>(keep, [&](int column, int i) { return (seen[column] >> i & 5) != 0; });
       }
-      std::uint32_t keep[kKeys / 8];
-      wanted_by_any<kKeys>(keep,
-                           [&](int column, int i) { return (visible[column] >> i & 5) != 0; });
       multiply_registers<T, kHeadDim, kKeys>(d_query, scores, keep, ring.key(chunk));
     }
     ptx::sync_threads();  // the stage may be written again
@@ -159,86 +176,81 @@ __global__ void __launch_bounds__(Config::kThreads)
   constexpr int kHeadDim = Config::kHeadDim, kKeys = Config::kKeys, kPart = Config::kPart;
   const AttentionInputs& in = p.in;
   const int kv_head = static_cast<int>(blockIdx.y), batch = static_cast<int>(blockIdx.z);
-  const int first_key = static_cast<int>(blockIdx.x) * kKeys;
+  const int chunks_per_block = in.shape.kv_block_size / kKeys;
+  const InverseList list(in, p.inverse, batch, kv_head,
+                         static_cast<int>(blockIdx.x) / chunks_per_block);
+  if (!list.exists()) return;
+  const int first_key = list.block() * in.shape.kv_block_size +
+                        static_cast<int>(blockIdx.x) % chunks_per_block * kKeys;
   const int warp = ptx::warp_index(), lane = ptx::lane_index();
-  const int keys[2] = {first_key + 16 * warp + lane / 4, first_key + 16 * warp + lane / 4 + 8};
+  const int warp_key = first_key + 16 * warp;
+  const int keys[2] = {warp_key + lane / 4, warp_key + lane / 4 + 8};
   const KeyMask key_masks[2] = {KeyMask(in, batch, kv_head, keys[0]),
                                 KeyMask(in, batch, kv_head, keys[1])};
-
-  // The block's list of (tile, slot).
-  const int plan_batch = in.plan.plan_batch == 1 ? 0 : batch,
-            plan_head = in.plan.plan_heads == 1 ? 0 : kv_head;
-  const std::int64_t plan_row =
-      static_cast<std::int64_t>(plan_batch) * in.plan.plan_heads + plan_head;
-  const int num_kv_blocks = (in.shape.kv_len + in.shape.kv_block_size - 1) / in.shape.kv_block_size;
-  const std::int64_t capacity = static_cast<std::int64_t>(in.plan.num_tiles) * in.plan.capacity;
-  const std::int32_t* offsets =
-      p.inverse_offsets + plan_row * (num_kv_blocks + 1) + first_key / in.shape.kv_block_size;
-  const std::int64_t begin = ptx::load_global(offsets), end = ptx::load_global(offsets + 1);
-  const std::int64_t first_entry = begin < 0 ? 0 : begin,
-                     last_entry = end < capacity ? end : capacity;
-  // Negative if the plan names a tile or slot that does not exist.
-  const auto tile_at = [&](std::int64_t entry) {
-    const int index = ptx::load_global(p.inverse_tiles + plan_row * capacity + entry);
-    const int slot = ptx::load_global(p.inverse_slots + plan_row * capacity + entry);
-    const bool exists =
-        index >= 0 && index < in.plan.num_tiles && slot >= 0 && slot < in.plan.capacity;
-    return exists ? index : -1;
-  };
+  const int slices = Tile::slices_per_tile(in.shape, in.plan, Config::kRows);
+  const std::int64_t num_steps = list.count() * slices;
 
   const std::uint32_t key = ptx::shared_base(), value = key + Config::kChunkBytes,
                       ring = value + Config::kChunkBytes;
-  const auto stage_of = [&](std::int64_t entry) {
-    return ring + static_cast<std::uint32_t>((entry - first_entry) % Config::kStages) *
-                      Config::kStageBytes;
+  const auto stage_of = [&](std::int64_t step) {
+    return ring + static_cast<std::uint32_t>(step % Config::kStages) * Config::kStageBytes;
   };
-  // Rows of a tile: queries, gradients of the outputs, and the table.
-  const auto fetch = [&](std::int64_t entry) {
-    const int index = tile_at(entry);
-    const Tile tile(in.shape, in.plan, batch, kv_head, index < 0 ? 0 : index);
-    const std::uint32_t stage = stage_of(entry);
+  // Rows of a slice of a tile: queries, gradients of the outputs, and the table.
+  const auto fetch = [&](std::int64_t step) {
+    const InverseList::Entry entry = list.at(step / slices);
+    const bool exists = entry.tile >= 0;
+    const Tile tile(in.shape, in.plan, Config::kRows, batch, kv_head,
+                    (exists ? entry.tile : 0) * slices + static_cast<int>(step % slices));
+    const std::uint32_t stage = stage_of(step);
     const auto row_of = [&](int row) -> std::int64_t {
-      return index >= 0 && row < tile.num_rows ? tile.row_offset(in.shape, row) : -1;
+      return exists && row < tile.num_rows ? tile.row_offset(in.shape, row) : -1;
     };
     copy_rows<kHeadDim, Config::kThreads>(stage, in.query, Config::kRows, row_of);
     copy_rows<kHeadDim, Config::kThreads>(stage + Config::kTileBytes, p.d_out, Config::kRows,
                                           row_of);
     for (int row = static_cast<int>(threadIdx.x); row < Config::kRows; row += Config::kThreads) {
-      TableRow entry_row{RowMask(), 0, 0};
+      TableRow table_row{RowMask(), 0, 0};
       if (row_of(row) >= 0) {
-        const int slot = ptx::load_global(p.inverse_slots + plan_row * capacity + entry);
-        entry_row.mask = RowMask(in.shape, in.mask, tile, row);
-        entry_row.mask.is_row =
-            chose(in.plan, tile, row, tile.list_offset(in.plan) * in.plan.capacity + slot);
-        entry_row.lse = ptx::load_global(p.lse + row_of(row)) * kLog2E;
-        entry_row.delta = ptx::load_global(p.delta + row_of(row));
+        table_row.mask = RowMask(in.shape, in.mask, tile, row);
+        table_row.mask.is_row =
+            chose(in.plan, tile, row, tile.list_offset(in.plan) * in.plan.capacity + entry.slot);
+        table_row.lse = ptx::load_global(p.lse + row_of(row)) * kLog2E;
+        table_row.delta = ptx::load_global(p.delta + row_of(row));
       }
-      entry_row.store(stage + 2 * Config::kTileBytes + 4 * Config::kRowWords * row);
+      table_row.store(stage + 2 * Config::kTileBytes + 4 * Config::kRowWords * row);
     }
   };
 
   const auto key_row_of = [&](int i) -> std::int64_t {
     if (first_key + i >= in.shape.kv_len) return -1;
-    return (static_cast<std::int64_t>(batch) * in.shape.kv_len + first_key + i) *
-               in.shape.num_kv_heads +
-           kv_head;
+    return key_row(in.shape, batch % in.shape.key_batch, kv_head, first_key + i);
   };
   copy_rows<kHeadDim, Config::kThreads>(key, in.key, kKeys, key_row_of);
   copy_rows<kHeadDim, Config::kThreads>(value, in.value, kKeys, key_row_of);
-  if (Config::kStages > 1 && first_entry < last_entry) fetch(first_entry);
+  if (Config::kStages > 1 && num_steps > 0) fetch(0);
   ptx::copy_commit();
 
   // Those of keys beyond kv_len are not stored.
   Sums<kHeadDim> d_key = {}, d_value = {};
   float d_bias[2] = {0, 0};
-  for (std::int64_t entry = first_entry; entry < last_entry; ++entry) {
-    const std::int64_t next = entry + Config::kStages - 1;
-    if (next < last_entry) fetch(next);
+  for (std::int64_t step = 0; step < num_steps; ++step) {
+    const std::int64_t next = step + Config::kStages - 1;
+    if (next < num_steps) fetch(next);
     ptx::copy_commit();
     ptx::copy_wait<Config::kStages - 1>();
     ptx::sync_threads();  // every thread's copies and rows of this tile are there
-    const std::uint32_t stage = stage_of(entry), own_keys = 16 * warp * kRowBytes<kHeadDim>;
+    const std::uint32_t stage = stage_of(step), own_keys = 16 * warp * kRowBytes<kHeadDim>;
+    const auto table_row = [&](int row) {
+      return TableRow::load(stage + 2 * Config::kTileBytes + 4 * Config::kRowWords * row);
+    };
     for (int part = 0; part < Config::kRows; part += kPart) {
+      static_assert(kPart == 32, "a row per lane");
+      const RowMask lane_mask = table_row(part + lane).mask;
+      const Visible lane_sees =
+          lane_mask.is_row ? lane_mask.sees_keys(in, warp_key, warp_key + 15) : Visible::kNone;
+      if (ptx::ballot(lane_sees != Visible::kNone) == 0) continue;
+      const bool sees_all = ptx::ballot(lane_sees == Visible::kAll) == ptx::kAllLanes;
+
       const std::uint32_t query = stage + part * kRowBytes<kHeadDim>,
                           d_out = query + Config::kTileBytes;
       Sums<kPart> probs = {}, d_logits = {};
@@ -246,35 +258,48 @@ __global__ void __launch_bounds__(Config::kThreads)
       if constexpr (Config::kHasKey) {
         multiply_transposed<T, kHeadDim, kPart>(d_logits, value + own_keys, d_out);
       }
-      std::uint32_t visible[kPart / 8];  // bit 2 half + i
-      SPARSE_ATTN_UNROLL
-      for (int column = 0; column < kPart / 8; ++column) {
-        visible[column] = 0;
+      // Turns a product into a probability, and what its gradient comes from into that gradient.
+      const auto differentiate = [&](const TableRow& row, const Logit& x, bool is_visible,
+                                     int column, int place) {
+        const float prob = is_visible ? ptx::exp2_approx(x.base2 - row.lse) : 0;
+        const float d_logit = is_visible ? prob * (d_logits[column][place] - row.delta) : 0;
+        probs[column][place] = prob;
+        d_bias[place / 2] += d_logit;
+        d_logits[column][place] = is_visible ? d_logit * x.slope : 0;
+      };
+      std::uint32_t keep[kPart / 8];
+      if (sees_all) {
         SPARSE_ATTN_UNROLL
-        for (int i = 0; i < 2; ++i) {
-          const int row = part + 8 * column + lane % 4 * 2 + i;
-          const auto row_data =
-              TableRow::load(stage + 2 * Config::kTileBytes + 4 * Config::kRowWords * row);
+        for (int column = 0; column < kPart / 8; ++column) {
+          keep[column] = ~0u;
           SPARSE_ATTN_UNROLL
-          for (int half = 0; half < 2; ++half) {
-            const int place = 2 * half + i;
-            const KeyMask& mask = key_masks[half];
-            const Logit x = logit(in, probs[column][place], mask.bias);
-            const bool is_visible = row_data.mask.is_row && x.base2 != -INFINITY &&
-                                    row_data.mask.sees(in.mask, mask.position, mask.segment);
-            visible[column] |= static_cast<std::uint32_t>(is_visible) << place;
-            const float prob = is_visible ? ptx::exp2_approx(x.base2 - row_data.lse) : 0;
-            const float d_logit =
-                is_visible ? prob * (d_logits[column][place] - row_data.delta) : 0;
-            probs[column][place] = prob;
-            d_bias[half] += d_logit;
-            d_logits[column][place] = is_visible ? d_logit * x.slope : 0;
+          for (int place = 0; place < 4; ++place) {
+            const TableRow row = table_row(part + 8 * column + lane % 4 * 2 + place % 2);
+            differentiate(row, logit(in, probs[column][place], 0), true, column, place);
           }
         }
+      } else {
+        std::uint32_t seen[kPart / 8];  // bit 2 half + i
+        SPARSE_ATTN_UNROLL
+        for (int column = 0; column < kPart / 8; ++column) {
+          seen[column] = 0;
+          SPARSE_ATTN_UNROLL
+          for (int i = 0; i < 2; ++i) {
+            const TableRow row = table_row(part + 8 * column + lane % 4 * 2 + i);
+            SPARSE_ATTN_UNROLL
+            for (int half = 0; half < 2; ++half) {
+              const int place = 2 * half + i;
+              const KeyMask& mask = key_masks[half];
+              const Logit x = logit(in, probs[column][place], mask.bias);
+              const bool is_visible = row.mask.is_row && x.base2 != -INFINITY &&
+                                      row.mask.sees(in.mask, mask.position, mask.segment);
+              seen[column] |= static_cast<std::uint32_t>(is_visible) << place;
+              differentiate(row, x, is_visible, column, place);
+            }
+          }
+        }
+        wanted_by_any<kPart>(keep, [&](int column, int i) { return (seen[column] >> i & 5) != 0; });
       }
-      std::uint32_t keep[kPart / 8];
-      wanted_by_any<kPart>(keep,
-                           [&](int column, int i) { return (visible[column] >> i & 5) != 0; });
       if constexpr (Config::kHasValue)
         multiply_registers<T, kHeadDim, kPart>(d_value, probs, keep, d_out);
       if constexpr (Config::kHasKey)
@@ -286,20 +311,79 @@ __global__ void __launch_bounds__(Config::kThreads)
 
   SPARSE_ATTN_UNROLL
   for (int half = 0; half < 2; ++half) {
-    float sum = d_bias[half];
-    sum += ptx::shuffle_xor(sum, 1);
-    sum += ptx::shuffle_xor(sum, 2);
+    float bias_sum = d_bias[half];
+    bias_sum += ptx::shuffle_xor(bias_sum, 1);
+    bias_sum += ptx::shuffle_xor(bias_sum, 2);
     if (keys[half] >= in.shape.kv_len) continue;
-    const std::int64_t row = key_row_of(keys[half] - first_key);
-    if constexpr (Config::kHasValue) store_row<T, kHeadDim>(p.d_value, row, d_value, half, 1.0f);
-    if constexpr (Config::kHasKey) {
-      store_row<T, kHeadDim>(p.d_key, row, d_key, half, in.scale);
-      if (p.d_key_bias != nullptr && lane % 4 == 0) {
-        const std::int64_t head_row =
-            static_cast<std::int64_t>(batch) * in.shape.num_kv_heads + kv_head;
-        ptx::store_global(p.d_key_bias + head_row * in.shape.kv_len + keys[half], sum);
+    if (list.is_whole()) {
+      const std::int64_t row = key_row(in.shape, batch, kv_head, keys[half]);
+      if constexpr (Config::kHasValue) store_row<T, kHeadDim>(p.d_value, row, d_value, half, 1.0f);
+      if constexpr (Config::kHasKey) {
+        store_row<T, kHeadDim>(p.d_key, row, d_key, half, in.scale);
+        if (p.d_key_bias != nullptr && lane % 4 == 0)
+          ptx::store_global(p.d_key_bias + bias_offset(in.shape, batch, kv_head, keys[half]),
+                            bias_sum);
       }
+    } else {
+      float* to =
+          p.partials + list.partial_row(in.shape, p.inverse, keys[half]) * kPartialWidth<kHeadDim>;
+      const auto store = [&](const Sums<kHeadDim>& sums, int first) {
+        SPARSE_ATTN_UNROLL
+        for (int column = 0; column < kHeadDim / 8; ++column) {
+          for (int i = 0; i < 2; ++i) {
+            ptx::store_global(to + first + 8 * column + lane % 4 * 2 + i,
+                              sums[column][2 * half + i]);
+          }
+        }
+      };
+      if constexpr (Config::kHasKey) {
+        store(d_key, 0);
+        if (lane % 4 == 0) ptx::store_global(to + 2 * kHeadDim, bias_sum);
+      }
+      if constexpr (Config::kHasValue) store(d_value, kHeadDim);
     }
+  }
+}
+
+template <class T_, int kHeadDim_>
+struct SumPartialsConfig {
+  using T = T_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kThreads = 128;
+  static constexpr int kSharedBytes = 0;
+};
+
+// Sums the parts of the blocks whose lists were split. A CTA has a block, a warp a key.
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads)
+    sum_partials(const __grid_constant__ AttentionBackwardParams p) {
+  using T = typename Config::T;
+  constexpr int kHeadDim = Config::kHeadDim, kWidth = kPartialWidth<kHeadDim>;
+  const AttentionShape& shape = p.in.shape;
+  const int block = static_cast<int>(blockIdx.x), kv_head = static_cast<int>(blockIdx.y),
+            batch = static_cast<int>(blockIdx.z), lane = ptx::lane_index();
+  const InverseList list = InverseList::of_block(p.in, p.inverse, batch, kv_head, block);
+  if (!list.exists() || list.is_whole()) return;
+  for (int i = ptx::warp_index(); i < shape.kv_block_size; i += Config::kThreads / 32) {
+    const int key = block * shape.kv_block_size + i;
+    if (key >= shape.kv_len) return;
+    const float* from = p.partials + list.partial_row(shape, p.inverse, key) * kWidth;
+    const std::int64_t stride = static_cast<std::int64_t>(shape.kv_block_size) * kWidth;
+    const auto sum = [&](int element) {
+      float total = 0;
+      for (int part = 0; part < list.num_parts(); ++part)
+        total += ptx::load_global(from + part * stride + element);
+      return total;
+    };
+    const std::int64_t row = key_row(shape, batch, kv_head, key) * (kHeadDim / 2);
+    for (int pair = lane; pair < kHeadDim / 2; pair += 32) {
+      ptx::store_global(static_cast<std::uint32_t*>(p.d_key) + row + pair,
+                        ptx::pack<T>(sum(2 * pair) * p.in.scale, sum(2 * pair + 1) * p.in.scale));
+      ptx::store_global(static_cast<std::uint32_t*>(p.d_value) + row + pair,
+                        ptx::pack<T>(sum(kHeadDim + 2 * pair), sum(kHeadDim + 2 * pair + 1)));
+    }
+    if (p.d_key_bias != nullptr && lane == 0)
+      ptx::store_global(p.d_key_bias + bias_offset(shape, batch, kv_head, key), sum(2 * kHeadDim));
   }
 }
 

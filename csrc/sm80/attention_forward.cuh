@@ -68,9 +68,10 @@ __global__ void __launch_bounds__(Config::kThreads)
   using T = typename Config::T;
   constexpr int kHeadDim = Config::kHeadDim, kKeys = Config::kKeys;
   const AttentionInputs& in = p.in;
-  const Tile tile(in.shape, in.plan, static_cast<int>(blockIdx.z), static_cast<int>(blockIdx.y),
+  const Tile tile(in.shape, in.plan, Config::kRows, static_cast<int>(blockIdx.z),
+                  static_cast<int>(blockIdx.y),
                   // Later tiles see more keys: they go first.
-                  in.plan.num_tiles - 1 - static_cast<int>(blockIdx.x));
+                  static_cast<int>(gridDim.x - 1 - blockIdx.x));
   const Chunks<kKeys> chunks(in, tile);
   const int warp = ptx::warp_index(), lane = ptx::lane_index();
   const int rows[2] = {16 * warp + lane / 4, 16 * warp + lane / 4 + 8};
@@ -94,31 +95,40 @@ __global__ void __launch_bounds__(Config::kThreads)
     ptx::copy_wait<1>();
     ptx::sync_threads();  // every thread's copies of this chunk are there
     const int first_key = chunks.first_key(chunk);
-    if (first_key >= 0) {
+    const bool is_chosen[2] = {chose(in.plan, tile, rows[0], chunks.slot(chunk)),
+                               chose(in.plan, tile, rows[1], chunks.slot(chunk))};
+    const Visible visible = visible_of_chunk<kKeys>(in, tile, masks, rows, is_chosen, first_key);
+    if (visible != Visible::kNone) {
       Sums<kKeys> scores = {};
       multiply_transposed<T, kHeadDim, kKeys>(scores, query + 16 * warp * kRowBytes<kHeadDim>,
                                               ring.key(chunk));
-      const bool is_chosen[2] = {chose(in.plan, tile, rows[0], chunks.slot(chunk)),
-                                 chose(in.plan, tile, rows[1], chunks.slot(chunk))};
-      SPARSE_ATTN_UNROLL
-      for (int column = 0; column < kKeys / 8; ++column) {
+      std::uint32_t keep[kKeys / 8];
+      if (visible == Visible::kAll) {
         SPARSE_ATTN_UNROLL
-        for (int i = 0; i < 2; ++i) {
-          const KeyMask key(in, tile.batch, tile.kv_head,
-                            first_key + 8 * column + lane % 4 * 2 + i);
+        for (int column = 0; column < kKeys / 8; ++column) {
+          keep[column] = ~0u;
+          for (float& score : scores[column]) score = logit(in, score, 0).base2;
+        }
+      } else {
+        SPARSE_ATTN_UNROLL
+        for (int column = 0; column < kKeys / 8; ++column) {
           SPARSE_ATTN_UNROLL
-          for (int half = 0; half < 2; ++half) {
-            float& score = scores[column][2 * half + i];
-            const bool is_visible = key.is_key && is_chosen[half] &&
-                                    masks[half].sees(in.mask, key.position, key.segment);
-            score = is_visible ? logit(in, score, key.bias).base2 : -INFINITY;
+          for (int i = 0; i < 2; ++i) {
+            const KeyMask key(in, tile.batch, tile.kv_head,
+                              first_key + 8 * column + lane % 4 * 2 + i);
+            SPARSE_ATTN_UNROLL
+            for (int half = 0; half < 2; ++half) {
+              float& score = scores[column][2 * half + i];
+              const bool is_visible = key.is_key && is_chosen[half] &&
+                                      masks[half].sees(in.mask, key.position, key.segment);
+              score = is_visible ? logit(in, score, key.bias).base2 : -INFINITY;
+            }
           }
         }
+        wanted_by_any<kKeys>(keep, [&](int column, int i) {
+          return scores[column][i] != -INFINITY || scores[column][2 + i] != -INFINITY;
+        });
       }
-      std::uint32_t keep[kKeys / 8];
-      wanted_by_any<kKeys>(keep, [&](int column, int i) {
-        return scores[column][i] != -INFINITY || scores[column][2 + i] != -INFINITY;
-      });
       accumulator.rescale(scores);
       multiply_registers<T, kHeadDim, kKeys>(accumulator.out, scores, keep, ring.value(chunk));
     }

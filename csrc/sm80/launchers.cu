@@ -13,18 +13,28 @@ Grid grid_of(std::int64_t x, const AttentionInputs& in) {
   return {x, in.shape.num_kv_heads, in.shape.batch};
 }
 
+template <class Config>
+Grid grid_of_slices(const AttentionInputs& in) {
+  const std::int64_t slices = Tile::slices_per_tile(in.shape, in.plan, Config::kRows);
+  return grid_of(in.plan.num_tiles * slices, in);
+}
+
+std::int64_t num_kv_blocks(const AttentionShape& shape) {
+  return (std::int64_t{shape.kv_len} + shape.kv_block_size - 1) / shape.kv_block_size;
+}
+
 template <class Config_>
 struct Forward {
   using Config = Config_;
   static constexpr auto kKernel = &attention_forward<Config>;
-  static Grid grid(const AttentionForwardParams& p) { return grid_of(p.in.plan.num_tiles, p.in); }
+  static Grid grid(const AttentionForwardParams& p) { return grid_of_slices<Config>(p.in); }
 };
 
 template <class Config_>
 struct QueryGradient {
   using Config = Config_;
   static constexpr auto kKernel = &query_gradient<Config>;
-  static Grid grid(const AttentionBackwardParams& p) { return grid_of(p.in.plan.num_tiles, p.in); }
+  static Grid grid(const AttentionBackwardParams& p) { return grid_of_slices<Config>(p.in); }
 };
 
 template <class Config_>
@@ -32,7 +42,18 @@ struct KeyGradients {
   using Config = Config_;
   static constexpr auto kKernel = &key_gradient<Config>;
   static Grid grid(const AttentionBackwardParams& p) {
-    return grid_of((std::int64_t{p.in.shape.kv_len} + Config::kKeys - 1) / Config::kKeys, p.in);
+    // Blocks with several parts have at most as many as there is room for their sums.
+    const std::int64_t parts = num_kv_blocks(p.in.shape) + p.inverse.num_partials;
+    return grid_of(parts * (p.in.shape.kv_block_size / Config::kKeys), p.in);
+  }
+};
+
+template <class Config_>
+struct SumPartials {
+  using Config = Config_;
+  static constexpr auto kKernel = &sum_partials<Config>;
+  static Grid grid(const AttentionBackwardParams& p) {
+    return grid_of(p.inverse.num_partials == 0 ? 0 : num_kv_blocks(p.in.shape), p.in);
   }
 };
 
@@ -47,9 +68,10 @@ struct Variant {
   using OfQuery = QueryGradient<QueryGradientConfig<T, kHeadDim, kKeys>>;
   template <KeyGradient kWhich>
   using OfKey = KeyGradients<KeyGradientConfig<T, kHeadDim, kOwnKeys, kWhich>>;
-  using BackwardKernels =
-      std::conditional_t<kHeadDim <= 128, Sequence<OfQuery, OfKey<KeyGradient::kBoth>>,
-                         Sequence<OfQuery, OfKey<KeyGradient::kKey>, OfKey<KeyGradient::kValue>>>;
+  using OfParts = SumPartials<SumPartialsConfig<T, kHeadDim>>;
+  using BackwardKernels = std::conditional_t<
+      kHeadDim <= 128, Sequence<OfQuery, OfKey<KeyGradient::kBoth>, OfParts>,
+      Sequence<OfQuery, OfKey<KeyGradient::kKey>, OfKey<KeyGradient::kValue>, OfParts>>;
 
   static std::vector<KernelInfo> kernels() {
     std::vector<KernelInfo> all;

@@ -1,0 +1,64 @@
+"""Compiles the CUDA sources for a CPU, where a simulator runs them (`csrc/host_sim`). Needs the source tree and g++."""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import jax
+
+ROOT = Path(__file__).absolute().parents[3]
+CSRC = ROOT / "csrc"
+COMPILER = "g++"
+FLAGS = ("-std=c++20", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror")
+SUFFIXES = (".cc", ".cu", ".cuh", ".h")
+
+
+def missing(path: str) -> str | None:
+    """Why the simulator that `path` names ("1": made from the sources) cannot be had, or `None`."""
+    if path != "1":
+        return None if Path(path).is_file() else f"there is no simulator library {path!r}"
+    if not (CSRC / "host_sim").is_dir():
+        return "the simulator is made from the source tree, and this install has none beside it"
+    if shutil.which(COMPILER) is None:
+        return f"the simulator needs {COMPILER}, of version 12 or newer"
+    return None
+
+
+def sources() -> list[Path]:
+    return sorted([*CSRC.glob("host_sim/*.cc"), CSRC / "ffi" / "handlers.cc", *CSRC.glob("*.cc"), *CSRC.glob("sm*/*.cu")])
+
+
+def build(flags: tuple[str, ...] = ()) -> Path:
+    """The simulator library of the present sources, compiled if it is not there yet."""
+    headers = sorted(path for path in CSRC.rglob("*") if path.suffix in SUFFIXES and "tests" not in path.parts)
+    texts = b"\0".join([*(path.read_bytes() for path in headers), " ".join((*FLAGS, *flags)).encode()])
+    folder = _folder()
+    made = folder / f"libsparse_attn_host_sim_{hashlib.sha256(texts).hexdigest()[:16]}.so"
+    with open(folder / "lock", "w") as lock, tempfile.TemporaryDirectory(dir=folder) as scratch:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # others may want it at the same time
+        if made.exists():
+            return made
+        command = [COMPILER, *FLAGS, *flags, "-shared", f"-I{CSRC}", "-isystem", jax.ffi.include_dir(), "-x", "c++"]
+        done = subprocess.run([*command, *map(str, sources()), "-o", f"{scratch}/made.so"], capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"the simulator does not compile:\n{done.stderr}")
+        os.replace(f"{scratch}/made.so", made)
+    return made
+
+
+def _folder() -> Path:
+    """Where compiled simulators are kept: in the source tree, or with temporary files if that cannot be written."""
+    folder = ROOT / "build" / "host_sim"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    folder = Path(tempfile.gettempdir()) / f"sparse_attn_host_sim_{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder

@@ -1,0 +1,120 @@
+"""The compiled kernels: where they are, what they can do, and their registration as custom calls.
+
+On a GPU they are the extension module `_kernels`, which an install makes when it finds an nvcc. On a CPU the same sources run
+in a simulator, for tests: `SPARSE_ATTN_HOST_SIM=1` asks for it.
+"""
+
+import ctypes
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from sparse_attn_jax.implementations.cuda import host_sim
+from sparse_attn_jax.problem import Problem
+
+ATTENTION_FORWARD = "sparse_attn_attention_forward"
+ATTENTION_BACKWARD = "sparse_attn_attention_backward"
+CUSTOM_CALL_TARGETS = (ATTENTION_FORWARD, ATTENTION_BACKWARD)
+
+# Environment variables.
+HOST_SIM = "SPARSE_ATTN_HOST_SIM"  # "1", or the path of a compiled simulator
+ARCH = "SPARSE_ATTN_CUDA_ARCH"  # "sm80" or "sm90": kernels of that folder, instead of the newest that run
+SEED = "SPARSE_ATTN_HOST_SIM_SEED"  # the order in which a simulated grid runs
+
+MODULE = "sparse_attn_jax.implementations.cuda._kernels"
+
+# The kernels that run on a compute capability, the fastest first.
+ARCHITECTURES = {"8.0": (80,), "9.0": (90, 80)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A set of kernels that were compiled together, as the library says it."""
+
+    kernel: str
+    arch: int
+    dtype: str
+    head_dim: int
+    kv_block_sizes: tuple[int, ...]
+
+
+def missing(platform: str) -> str | None:
+    """Why there are no kernels for "gpu", or for "cpu" where `is_simulated`; or `None`."""
+    if platform == "cpu":
+        return host_sim.missing(os.environ[HOST_SIM])
+    if importlib.util.find_spec(MODULE) is None:
+        return (
+            "this install has no CUDA kernels, because it found no nvcc; `pip install 'sparse_attn_jax[cuda-build]'` brings "
+            "one, and SPARSE_ATTN_CUDA=ON makes the install say what is missing"
+        )
+    return None
+
+
+def is_simulated() -> bool:
+    return os.environ.get(HOST_SIM, "") not in ("", "0")
+
+
+def load(platform: str) -> tuple[Variant, ...]:
+    """The compiled variants for "cpu" or "gpu", of which none must be `missing`. Registers them once per process."""
+    return _load_simulator(os.environ[HOST_SIM]) if platform == "cpu" else _load_module()
+
+
+@functools.cache
+def _load_simulator(path: str) -> tuple[Variant, ...]:
+    library = ctypes.CDLL(str(host_sim.build() if path == "1" else Path(path)))
+    _register({target: jax.ffi.pycapsule(getattr(library, target)) for target in CUSTOM_CALL_TARGETS}, "cpu")
+    library.sparse_attn_variants.restype = ctypes.c_char_p
+    return _read_variants(library.sparse_attn_variants().decode())
+
+
+@functools.cache
+def _load_module() -> tuple[Variant, ...]:
+    module = importlib.import_module(MODULE)
+    _register(module.registrations(), "CUDA")
+    return _read_variants(module.variants())
+
+
+def _register(capsules: Mapping[str, Any], platform: str) -> None:
+    for target in CUSTOM_CALL_TARGETS:
+        jax.ffi.register_ffi_target(target, capsules[target], platform=platform)
+
+
+def _read_variants(text: str) -> tuple[Variant, ...]:
+    return tuple(Variant(**entry | dict(kv_block_sizes=tuple(entry["kv_block_sizes"]))) for entry in json.loads(text))
+
+
+def architectures(problem: Problem) -> tuple[int, ...]:
+    """The kernels that may run on the problem's device, the fastest first."""
+    able = ARCHITECTURES["9.0"] if problem.platform == "cpu" else ARCHITECTURES.get(problem.compute_capability, ())
+    return tuple(arch for arch in able if asked_for() in ("", f"sm{arch}"))
+
+
+def asked_for() -> str:
+    """The folder whose kernels are to run, or "" for the fastest."""
+    return os.environ.get(ARCH, "")
+
+
+def variants_for(problem: Problem) -> list[Variant]:
+    """The compiled attention kernels that run on the problem's device, the fastest first."""
+    variants = load(problem.platform)
+    return [v for arch in architectures(problem) for v in variants if v.kernel == "attention" and v.arch == arch]
+
+
+def is_for(variant: Variant, problem: Problem) -> bool:
+    sizes = (variant.dtype, variant.head_dim) == (problem.dtype, problem.head_dim)
+    return sizes and problem.kv_block_size in variant.kv_block_sizes
+
+
+def call_attributes(problem: Problem) -> dict[str, Any]:
+    """The attributes that choose a compiled variant."""
+    arch = next(variant.arch for variant in variants_for(problem) if is_for(variant, problem))
+    return dict(arch=np.int32(arch), seed=np.int64(os.environ.get(SEED, 0)))
