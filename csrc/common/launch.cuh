@@ -16,6 +16,11 @@ namespace sparse_attn {
 
 struct Grid {
   std::int64_t x, y, z;  // blocks
+
+  template <class Shape>
+  Shape as() const {
+    return {static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z)};
+  }
 };
 
 // No allocation, no synchronisation: a launch may be captured into a CUDA graph.
@@ -29,11 +34,9 @@ Status launch(void (*kernel)(Params), const Grid& grid, const Params& params,
            " blocks (tiles or keys, num_kv_heads, batch); the largest is " +
            "2147483647 x 65535 x 65535";
   }
-  const auto x = static_cast<unsigned>(grid.x), y = static_cast<unsigned>(grid.y),
-             z = static_cast<unsigned>(grid.z);
 #if SPARSE_ATTN_HOST_SIM
   try {
-    host_sim::launch({x, y, z}, {Config::kThreads},
+    host_sim::launch(grid.as<host_sim::Dim3>(), {Config::kThreads},
                      {.seed = context.seed, .shared_bytes = Config::kSharedBytes}, context.buffers,
                      [&] { kernel(params); });
   } catch (const host_sim::Error& error) {
@@ -48,7 +51,7 @@ Status launch(void (*kernel)(Params), const Grid& grid, const Params& params,
   }
   if (error == cudaSuccess) {
     cudaLaunchConfig_t config{};
-    config.gridDim = {x, y, z};
+    config.gridDim = grid.as<dim3>();
     config.blockDim = {Config::kThreads};
     config.dynamicSmemBytes = Config::kSharedBytes;
     config.stream = context.stream;
