@@ -44,9 +44,6 @@ class Checker {
   void require(bool condition, const char* what) {
     if (!condition) fail(what);
   }
-  void fail(std::string what) {
-    if (!error_) error_ = std::move(what);
-  }
   std::optional<std::string> error() const { return error_; }
 
  private:

@@ -74,7 +74,8 @@ ffi::Error backward(ffi::RemainingArgs args, ffi::RemainingRets rets, Attributes
   params.lse = call.get<float>("lse", kFloat, {q[0], q[1], q[2]});
   params.delta = call.get<float>("delta", kFloat, {q[0], q[1], q[2]});
   const auto partials_shape = call["partials"].dimensions();
-  call.check.require(partials_shape.size() == 5, "partials needs five dimensions");
+  if (partials_shape.size() != 5)
+    call.check.fail("partials has shape " + shape_text(partials_shape) + "; needed are five axes");
   if (call.check.error()) return ffi::Error::InvalidArgument(*call.check.error());
   const std::int64_t num_partials = partials_shape[2];
   const auto read_inverse = [&](const char* name, std::int64_t size) {

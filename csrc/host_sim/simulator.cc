@@ -5,6 +5,7 @@
 #include <deque>
 #include <exception>
 #include <map>
+#include <mutex>
 #include <optional>
 #include <utility>
 
@@ -320,6 +321,10 @@ void barrier(int id, int count, bool is_waiting, const char* operation, Location
   }
 }
 
+// Of the launches that nobody took.
+std::deque<Counters> finished;
+std::mutex finished_mutex;
+
 }  // namespace
 
 Counters launch(Dim3 shape, Dim3 block, const Settings& settings,
@@ -352,7 +357,22 @@ Counters launch(Dim3 shape, Dim3 block, const Settings& settings,
     const Dim3 index{number % shape.x, number / shape.x % shape.y, number / (shape.x * shape.y)};
     Cta(grid, fibers, index, number).run();
   }
+  const std::lock_guard lock(finished_mutex);
+  finished.push_back(grid.counters);
   return grid.counters;
+}
+
+bool host_sim_take_counters(std::uint64_t* counters) {
+  const std::lock_guard lock(finished_mutex);
+  if (finished.empty()) return false;
+  const Counters& first = finished.front();
+  counters[0] = first.global_bytes_loaded;
+  counters[1] = first.global_bytes_stored;
+  counters[2] = first.shared_bytes_loaded;
+  counters[3] = first.shared_bytes_stored;
+  counters[4] = first.matrix_instructions;
+  finished.pop_front();
+  return true;
 }
 
 const Dim3& thread_index() { return cta().thread().index; }

@@ -11,6 +11,7 @@
 namespace ptx = sparse_attn::ptx;
 using host_sim::Buffer;
 using host_sim::Dim3;
+using host_sim::host_sim_take_counters;
 using host_sim::Settings;
 
 namespace {
@@ -178,6 +179,16 @@ TEST(bytes_are_counted) {
       });
   CHECK(counters.global_bytes_loaded == 256 && counters.global_bytes_stored == 256);
   CHECK(counters.shared_bytes_loaded == 512 && counters.shared_bytes_stored == 512);
+}
+
+TEST(counters_are_taken_in_the_order_of_launches) {
+  std::uint64_t taken[5];
+  while (host_sim_take_counters(taken)) continue;
+  run(32, 1024, [] { ptx::store_shared<int>(4 * thread(), 1); });
+  run(64, 1024, [] { ptx::store_shared<int>(4 * thread(), 1); });
+  CHECK(host_sim_take_counters(taken) && taken[3] == 128);
+  CHECK(host_sim_take_counters(taken) && taken[3] == 256 && taken[0] + taken[1] + taken[2] == 0);
+  CHECK(!host_sim_take_counters(taken));
 }
 
 // ---- Shared memory.
