@@ -41,6 +41,9 @@ class Checker {
     text << name << " has dtype " << x.element_type() << "; needed is " << expected;
     error_ = text.str();
   }
+  void fail(std::string what) {
+    if (!error_) error_ = std::move(what);
+  }
   void require(bool condition, const char* what) {
     if (!condition) fail(what);
   }
