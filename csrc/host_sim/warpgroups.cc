@@ -416,7 +416,8 @@ void warpgroup_wait(int most_pending, std::initializer_list<Registers> registers
   State& state = warpgroups().threads[id];
   forget_executed(warpgroup);
   while (static_cast<int>(state.groups.size()) > most_pending) {
-    const auto last = state.groups.front();
+    // Not a shared pointer: if another thread fails, this stack is never unwound.
+    const Product* last = state.groups.front().get();
     while (last != nullptr && !last->is_done) {
       warpgroup.waiting.push_back(id);
       block.wait("wgmma.wait_group", location,
