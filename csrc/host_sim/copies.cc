@@ -200,8 +200,8 @@ void start_load(std::uint32_t to, std::uint32_t bytes, std::uint32_t barrier, Lo
     fail(location,
          "a copy needs mbarrier_init_fence after the initialisation of " + mbarrier.describe());
   std::memset(block.check_shared(to, bytes, 16, location), kPoison, bytes);
-  if (auto race = block.races.access_async(to, bytes, Races::Action::kOverwrite, {thread, 1},
-                                           mbarrier.actor, location))
+  if (auto race = block.races.access_async(
+          to, bytes, {Races::Action::kOverwrite, {thread, 1}, mbarrier.actor, location}))
     fail(location, *race);
   block.set_landing(to, bytes, thread);
   block.happen_later([&block, &mbarrier, to, bytes, location, land = std::move(land)] {
@@ -369,8 +369,8 @@ void tensor_store(const TensorMap& map, const int* at, int rank, std::uint32_t f
     storer.actor = block.races.add_actor("a tensor store of thread " + std::to_string(thread));
   const std::uint32_t bytes = box_bytes(map);
   block.check_shared(from, bytes, 16, location);
-  if (auto race = block.races.access_async(from, bytes, Races::Action::kRead, {thread, 1},
-                                           storer.actor, location))
+  if (auto race = block.races.access_async(
+          from, bytes, {Races::Action::kRead, {thread, 1}, storer.actor, location}))
     fail(location, *race);
   auto store = std::make_shared<Store>();
   store->time = block.races.now();
