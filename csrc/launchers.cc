@@ -93,6 +93,15 @@ Status attention_backward(const VariantKey& key, const AttentionBackwardParams& 
   return run(&AttentionVariant::backward, key, params, context);
 }
 
+Status select_blocks(const SelectionKey& key, const SelectionParams& params, int segment_blocks,
+                     const LaunchContext& context) {
+  for (const auto& variant : sm80::selection_variants()) {
+    if (variant.key == key) return variant.run(params, segment_blocks, context);
+  }
+  return "no selection kernel of arch " + std::to_string(key.arch) + " is compiled in for " +
+         name_of(key.dtype) + ", head_dim " + std::to_string(key.head_dim);
+}
+
 }  // namespace sparse_attn
 
 const char* sparse_attn_variants() {

@@ -57,15 +57,32 @@ struct AttentionVariant {
   std::vector<KernelInfo> (*kernels)();
 };
 
+struct SelectionKey {
+  int arch;
+  Dtype dtype;
+  int head_dim;
+  bool operator==(const SelectionKey&) const = default;
+};
+
+struct SelectionVariant {
+  SelectionKey key;
+  // `segment_blocks`: whose scores are held at a time; 0 is as many as there is room for.
+  Status (*run)(SelectionParams, int segment_blocks, const LaunchContext&);
+};
+
 namespace sm80 {
 std::span<const AttentionVariant> attention_variants();
-}
+std::span<const SelectionVariant> selection_variants();
+}  // namespace sm80
 
 // These start kernels and return. They allocate nothing and wait for nothing.
 Status attention_forward(const VariantKey& key, const AttentionForwardParams& params,
                          const LaunchContext& context);
 Status attention_backward(const VariantKey& key, const AttentionBackwardParams& params,
                           const LaunchContext& context);
+// The params come without a tiling.
+Status select_blocks(const SelectionKey& key, const SelectionParams& params, int segment_blocks,
+                     const LaunchContext& context);
 
 }  // namespace sparse_attn
 

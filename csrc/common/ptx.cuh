@@ -227,6 +227,40 @@ __device__ __forceinline__ float log2_approx(float x) {
 #endif
 }
 
+__device__ __forceinline__ std::uint32_t bits_of(float x) {
+#if SPARSE_ATTN_HOST_SIM
+  return std::bit_cast<std::uint32_t>(x);
+#else
+  return __float_as_uint(x);
+#endif
+}
+
+__device__ __forceinline__ float float_of(std::uint32_t bits) {
+#if SPARSE_ATTN_HOST_SIM
+  return std::bit_cast<float>(bits);
+#else
+  return __uint_as_float(bits);
+#endif
+}
+
+// How many bits are set.
+__device__ __forceinline__ int count_bits(std::uint32_t x) {
+#if SPARSE_ATTN_HOST_SIM
+  return std::popcount(x);
+#else
+  return __popc(x);
+#endif
+}
+
+// The index of the highest bit that is set; -1 for 0.
+__device__ __forceinline__ int highest_bit(std::uint32_t x) {
+#if SPARSE_ATTN_HOST_SIM
+  return 31 - std::countl_zero(x);
+#else
+  return 31 - __clz(static_cast<int>(x));
+#endif
+}
+
 // The two 16-bit floating types, by their bits.
 struct BFloat16 {
   std::uint16_t bits;
