@@ -46,6 +46,13 @@ __device__ __forceinline__ int num_shared_tokens(const UnitParams& units, const 
          larger(unit_begin, block_begin);
 }
 
+// How many blocks, from the first, have or may have a visible unit: up to the last that overlaps
+// the last of `num_visible` units.
+__device__ __forceinline__ int num_scored_blocks(const UnitParams& units, const Divisor& block_size,
+                                                 int num_visible) {
+  return num_visible == 0 ? 0 : BlockRange(units, block_size, num_visible - 1).end;
+}
+
 // The blocks that a query keeps whatever their scores are: the sinks [0, num_sinks), and the local
 // ones [local_begin, local_end).
 struct ForcedBlocks {

@@ -320,61 +320,71 @@ __device__ __forceinline__ void reduce_rows(Scores<Config>& scores, const TokenR
       }
     }
   }
-  // All lanes of a token have its sums, and share the work. Both numbers are powers of two.
+  // All lanes of a token have its sums now. Both numbers are powers of two.
   const int other_lanes = rows.lanes - 1, other_rows = rows.in_lane - 1;
   const int lane = ptx::lane_index();
+  if ((lane / 4 & other_lanes) != 0) return;
+  to += 4 * (lane % 4 * 2) * pitch;
   SPARSE_ATTN_UNROLL
   for (int r = 0; r < 4; ++r) {
     if ((r & other_rows) != 0) continue;
     SPARSE_ATTN_UNROLL
     for (int c = 0; c < kPairs; ++c) {
-      if (((c ^ lane / 4) & other_lanes) != 0) continue;
       SPARSE_ATTN_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        const int column = 8 * c + lane % 4 * 2 + i;
-        ptx::store_shared(to + 4 * column * pitch, scores[r / 2][c][2 * (r % 2) + i]);
-      }
+      for (int i = 0; i < 2; ++i)
+        ptx::store_shared(to + 4 * (8 * c + i) * pitch, scores[r / 2][c][2 * (r % 2) + i]);
     }
-    to += 4 * 8;  // of a lane's rows that are of different tokens: only where a token has one lane
+    to +=
+        4 * 8;  // where a lane has rows of several tokens, all its rows are of other tokens' lanes
   }
 }
 
-// Adds the units [first, end) of a chunk to the scores of those blocks in [first_block, end_block)
-// that they overlap. A token's sums are those of `warps` warps, 1 or 2.
+// Blocks whose scores are held together, and the units that they overlap as far as any query of the
+// tile sees them.
+struct Segment {
+  int first_block, end_block, first_unit, end_unit;
+};
+
+// The segment that starts with `first`, of the blocks before `end`: as many as there is room for,
+// but not so many that the last chunk of units would be all but empty.
 template <class Config>
-__device__ __forceinline__ void pool_units(const SelectionParams& p,
-                                           const SelectionMemory<Config>& memory, int warps,
-                                           int first, int end, int first_block, int end_block) {
-  const int tokens = p.tiling.tile_tokens, slot = static_cast<int>(threadIdx.x) % tokens;
+__device__ __forceinline__ Segment segment_from(const SelectionParams& p, int first, int end,
+                                                int num_units) {
+  if (first >= end) return {end, end, 0, 0};
+  const int first_unit = UnitRange(p.fine, p.block_size, first).first;
+  const auto end_unit = [&](int block) { return UnitRange(p.fine, p.block_size, block - 1).end; };
+  int stop = smaller(end - first, p.tiling.segment_blocks) + first;
+  if (stop < end) {
+    const int chunks = (end_unit(stop) - first_unit) / Config::kUnits;
+    const int fitting =
+        p.block_size.divide((first_unit + chunks * Config::kUnits) * p.fine.stride.value);
+    if (fitting > first) stop = smaller(stop, fitting);
+  }
+  return {first, stop, first_unit, smaller(end_unit(stop), num_units)};
+}
+
+// Adds the units [first, end) of a chunk to the scores of those blocks of a segment that they
+// overlap. `sum_of(unit)` is the token's sum. A thread has one token, and each `step`-th block from
+// `begin` on. A score of overlaps is larger than its definition by the stride: the order is the
+// same.
+template <class Config, class SumOf>
+__device__ __forceinline__ void pool_units(const SelectionParams& p, const Segment& segment,
+                                           int begin, int step, int first, int end,
+                                           std::uint32_t scores, SumOf sum_of) {
   const bool takes_max = p.pooling == Pooling::kMax;
-  const std::uint32_t base = ptx::shared_base();
-  const auto sum_of = [&](int unit) {
-    const std::uint32_t from =
-        base + memory.sums + 4 * ((unit - first) * memory.sums_pitch + slot * warps);
-    const float x = ptx::load_shared<float>(from);
-    if (warps == 1) return x;
-    const float other = ptx::load_shared<float>(from + 4);
-    return p.group_reduction == GroupReduction::kMax ? reduce<true>(x, other) : x + other;
-  };
-  const int begin = larger(first_block, BlockRange(p.fine, p.block_size, first).first);
-  const int stop = smaller(end_block, BlockRange(p.fine, p.block_size, end - 1).end);
-  for (int block = begin + static_cast<int>(threadIdx.x) / tokens; block < stop;
-       block += Config::kThreads / tokens) {
+  const int stop = smaller(segment.end_block, BlockRange(p.fine, p.block_size, end - 1).end);
+  begin += larger(segment.first_block, BlockRange(p.fine, p.block_size, first).first);
+  for (int block = begin; block < stop; block += step) {
     const UnitRange units(p.fine, p.block_size, block);
     const int from = larger(units.first, first), to = smaller(units.end, end);
     if (from >= to) continue;
-    const std::uint32_t score =
-        base + memory.scores + 4 * (slot * memory.scores_pitch + block - first_block);
+    const std::uint32_t score = scores + 4 * (block - segment.first_block);
     float value = from == units.first ? 0 : ptx::load_shared<float>(score);
     for (int unit = from; unit < to; ++unit) {
       const float x = sum_of(unit);
-      if (takes_max) {
-        value = reduce<true>(value, x);
-      } else {
-        const auto shared =
-            static_cast<float>(num_shared_tokens(p.fine, p.block_size, unit, block));
-        value += x * (shared / static_cast<float>(p.fine.stride.value));
-      }
+      value = takes_max ? reduce<true>(value, x)
+                        : value + x * static_cast<float>(
+                                          num_shared_tokens(p.fine, p.block_size, unit, block));
     }
     ptx::store_shared(score, value);
   }
@@ -392,25 +402,27 @@ __device__ __forceinline__ RunningTopK list_of(const SelectionParams& p,
                      p.tiling.list_capacity, p.top_k - forced.count());
 }
 
-// Merges the scores of the blocks [first_block, end_block) into the running list of a token.
+// Merges the scores of a segment into the running list of a token.
 template <class Config>
 __device__ __forceinline__ void take_segment(const SelectionParams& p,
                                              const SelectionMemory<Config>& memory, int slot,
-                                             int position, int first_block, int end_block) {
+                                             int position, const Segment& segment) {
   const ForcedBlocks forced(p, position);
   const int visible = num_visible(p.fine, p.is_causal, position);
+  const int end = smaller(segment.end_block, num_scored_blocks(p.fine, p.block_size, visible));
+  const bool has_gaps = p.fine.stride.value > p.fine.size;  // some blocks may have no unit
   RunningTopK list = list_of(p, memory, slot, forced);
   const std::uint32_t scores = ptx::shared_base() + memory.scores + 4 * slot * memory.scores_pitch;
-  for (int base = first_block; base < end_block; base += 32) {
+  for (int base = segment.first_block; base < end; base += 32) {
     const int block = base + ptx::lane_index();
-    std::uint32_t rank = 0;
-    if (block < end_block && !forced.has(block)) {
+    bool is_candidate = block < end && !forced.has(block);
+    if (has_gaps && is_candidate) {
       const UnitRange units(p.fine, p.block_size, block);
-      if (units.first < smaller(units.end, visible)) {
-        rank = rank_of(ptx::load_shared<float>(scores + 4 * (block - first_block)));
-      }
+      is_candidate = units.first < units.end;
     }
-    list.push(rank, block);
+    const float score =
+        is_candidate ? ptx::load_shared<float>(scores + 4 * (block - segment.first_block)) : 0;
+    list.push(is_candidate ? rank_of(score) : 0, block);
   }
   list.store_state();
 }
@@ -441,32 +453,8 @@ __device__ __forceinline__ void write_list(const SelectionParams& p,
   }
 }
 
-// Blocks whose scores are held together, and the units that they overlap as far as any query of the
-// tile sees them.
-struct Segment {
-  int first_block, end_block, first_unit, end_unit;
-};
-
-// The segment that starts with `first`, of the blocks before `end`: as many as there is room for,
-// but not so many that the last chunk of units would be all but empty.
 template <class Config>
-__device__ __forceinline__ Segment segment_from(const SelectionParams& p, int first, int end,
-                                                int num_units) {
-  if (first >= end) return {end, end, 0, 0};
-  const int first_unit = UnitRange(p.fine, p.block_size, first).first;
-  const auto end_unit = [&](int block) { return UnitRange(p.fine, p.block_size, block - 1).end; };
-  int stop = smaller(end - first, p.tiling.segment_blocks) + first;
-  if (stop < end) {
-    const int chunks = (end_unit(stop) - first_unit) / Config::kUnits;
-    const int fitting =
-        p.block_size.divide((first_unit + chunks * Config::kUnits) * p.fine.stride.value);
-    if (fitting > first) stop = smaller(stop, fitting);
-  }
-  return {first, stop, first_unit, smaller(end_unit(stop), num_units)};
-}
-
-template <class Config>
-__global__ void __launch_bounds__(Config::kThreads)
+__global__ void __launch_bounds__(Config::kThreads, 2)
     selection(const __grid_constant__ SelectionParams p) {
   constexpr int kRows = Config::kRows;
   const SelectionTile tile(p, static_cast<int>(blockIdx.z), static_cast<int>(blockIdx.y),
@@ -599,12 +587,32 @@ __global__ void __launch_bounds__(Config::kThreads)
 
   const int fine_seen_by_all = num_visible(p.fine, p.is_causal, earliest);
   const int fine_seen_by_any = num_visible(p.fine, p.is_causal, latest);
-  // The last unit that is seen ends in the last block that has a score.
-  const int end_block =
-      fine_seen_by_any == 0 ? 0 : BlockRange(p.fine, p.block_size, fine_seen_by_any - 1).end;
+  const int end_block = num_scored_blocks(p.fine, p.block_size, fine_seen_by_any);
+  const std::uint32_t sums = base + memory.sums;
   const std::uint32_t own_sums =
-      base + memory.sums +
-      4 * (rows.table_row(first_row) + column_warp * Config::kColumns * memory.sums_pitch);
+      sums + 4 * (rows.table_row(first_row) + column_warp * Config::kColumns * memory.sums_pitch);
+  // In pooling, neighbouring threads have neighbouring tokens.
+  const int thread = static_cast<int>(threadIdx.x), tokens = p.tiling.tile_tokens;
+  const int pooled_slot = thread % tokens, first_pooled = thread / tokens,
+            pooled_step = Config::kThreads / tokens;
+  const auto pool = [&](const Segment& segment, int first) {
+    const int end = smaller(first + Config::kUnits, segment.end_unit);
+    const std::uint32_t scores = base + memory.scores + 4 * pooled_slot * memory.scores_pitch;
+    const std::uint32_t own = sums + 4 * pooled_slot * rows.warps;
+    const auto sum_at = [&](int unit, int row) {
+      return ptx::load_shared<float>(own + 4 * ((unit - first) * memory.sums_pitch + row));
+    };
+    const auto pool_with = [&](auto sum_of) {
+      pool_units<Config>(p, segment, first_pooled, pooled_step, first, end, scores, sum_of);
+    };
+    if (rows.warps == 1) {
+      pool_with([&](int unit) { return sum_at(unit, 0); });
+    } else if (p.group_reduction == GroupReduction::kMax) {
+      pool_with([&](int unit) { return reduce<true>(sum_at(unit, 0), sum_at(unit, 1)); });
+    } else {
+      pool_with([&](int unit) { return reduce<false>(sum_at(unit, 0), sum_at(unit, 1)); });
+    }
+  };
   const auto start_segment = [&](int first_block) {
     const auto segment = segment_from<Config>(p, first_block, end_block, fine_seen_by_any);
     ring.start(p.fine, segment.first_unit, segment.end_unit);
@@ -622,14 +630,12 @@ __global__ void __launch_bounds__(Config::kThreads)
         reduce_rows<Config, false>(scores, rows, own_sums, memory.sums_pitch);
       }
       ptx::sync_threads();  // the sums of this chunk are there
-      pool_units(p, memory, rows.warps, first, smaller(first + Config::kUnits, segment.end_unit),
-                 segment.first_block, segment.end_block);
+      pool(segment, first);
     });
     ptx::sync_threads();  // the scores of this segment are there
     const Segment next = start_segment(segment.end_block);
-    for (int slot = warp; slot < tile.num_tokens; slot += Config::kWarps) {
-      take_segment(p, memory, slot, position_at(slot), segment.first_block, segment.end_block);
-    }
+    for (int slot = warp; slot < tile.num_tokens; slot += Config::kWarps)
+      take_segment(p, memory, slot, position_at(slot), segment);
     segment = next;
   }
   for (int slot = warp; slot < tile.num_tokens; slot += Config::kWarps)
