@@ -103,6 +103,20 @@ __device__ __forceinline__ void store_shared(std::uint32_t to, T value SPARSE_AT
 #endif
 }
 
+// Sets bits of a word.
+__device__ __forceinline__ void atomic_or_shared(std::uint32_t to,
+                                                 std::uint32_t bits SPARSE_ATTN_AT) {
+#if SPARSE_ATTN_HOST_SIM
+  unsigned char* word = ::host_sim::at_shared(to, 4, ::host_sim::Access::kAtomic, location);
+  std::uint32_t value;
+  std::memcpy(&value, word, 4);
+  value |= bits;
+  std::memcpy(word, &value, 4);
+#else
+  asm volatile("red.shared.or.b32 [%0], %1;" ::"r"(to), "r"(bits) : "memory");
+#endif
+}
+
 // ---- Other threads.
 
 // All threads of the CTA wait for each other; orders their accesses to shared and global memory.

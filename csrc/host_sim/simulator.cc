@@ -120,6 +120,7 @@ class Cta {
         threads(grid.block.x * grid.block.y * grid.block.z),
         shared(grid.settings.shared_bytes, kPoison),
         landing(grid.settings.shared_bytes, -1),
+        atomic_epochs(grid.settings.shared_bytes, 0),
         races(num_warps(), grid.settings.shared_bytes),
         meetings(num_warps()),
         fibers_(fibers) {}
@@ -136,7 +137,8 @@ class Cta {
   const std::uint32_t number;
   std::vector<Thread> threads;
   std::vector<unsigned char> shared;
-  std::vector<std::int16_t> landing;  // by byte: the thread whose copy has not landed, or -1
+  std::vector<std::int16_t> landing;         // by byte: the thread whose copy has not landed, or -1
+  std::vector<std::uint32_t> atomic_epochs;  // by byte: of the last atomic operation
   Races races;
   std::vector<std::vector<Meeting>> meetings;  // by warp
   std::array<Barrier, kNumBarriers> barriers;
@@ -463,7 +465,17 @@ unsigned char* at_shared(std::uint32_t address, std::size_t bytes, Access access
     }
   }
   const int lane = is_for_warp ? Races::kAnyLane : block.thread().lane();
-  check_races(address, bytes, access != Access::kRead, lane, location);
+  // Atomic operations may meet, so they count as reads of each other; what they made may be read
+  // after a barrier of all threads.
+  check_races(address, bytes, access == Access::kWrite, lane, location);
+  for (std::size_t i = 0; i < bytes; ++i) {
+    std::uint32_t& epoch = block.atomic_epochs[address + i];
+    if (access == Access::kRead && epoch == block.epoch) {
+      fail(location, "nothing orders this read of shared address " + std::to_string(address + i) +
+                         " after the atomic operations of this epoch");
+    }
+    if (access == Access::kAtomic) epoch = block.epoch;
+  }
   if (access != Access::kWrite) block.grid.counters.shared_bytes_loaded += bytes;
   if (access != Access::kRead) block.grid.counters.shared_bytes_stored += bytes;
   return found;

@@ -270,6 +270,34 @@ TEST(accesses_of_whole_warps_need_a_barrier) {
   CHECK(access(true, 3) && access(true, Races::kAnyLane));
 }
 
+TEST(atomic_operations_on_shared_memory_may_meet) {
+  run(64, 4, [] {
+    if (thread() == 0) ptx::store_shared<std::uint32_t>(0, 0);
+    ptx::sync_threads();
+    ptx::atomic_or_shared(0, 1u << (thread() % 8));
+    ptx::sync_threads();
+    CHECK(ptx::load_shared<std::uint32_t>(0) == 0xff);
+  });
+}
+
+TEST(atomic_operations_on_shared_memory_need_a_barrier) {
+  enum class Other { kReadAfter, kWriteAfter, kWriteBefore };
+  for (Other other : {Other::kReadAfter, Other::kWriteAfter, Other::kWriteBefore}) {
+    check_error("nothing orders", [=] {
+      run(32, 4, [=] {
+        if (thread() == 0) ptx::store_shared<std::uint32_t>(0, 0);
+        ptx::sync_threads();
+        if (thread() == 0 && other == Other::kWriteBefore) ptx::store_shared<std::uint32_t>(0, 1);
+        ptx::shuffle(0, 0);  // orders no memory accesses
+        if (thread() == 1) ptx::atomic_or_shared(0, 1);
+        ptx::shuffle(0, 0);
+        if (thread() == 0 && other == Other::kReadAfter) ptx::load_shared<std::uint32_t>(0);
+        if (thread() == 0 && other == Other::kWriteAfter) ptx::store_shared<std::uint32_t>(0, 1);
+      });
+    });
+  }
+}
+
 TEST(many_readers_are_all_remembered) {
   // Lanes 0 and 1 of warp 0 read; then lane 0, which is ordered with itself only, writes.
   check_error("nothing orders this write", [] {
