@@ -83,6 +83,9 @@ Status attention_backward(const VariantKey& key, const AttentionBackwardParams& 
 // The params come without a tiling.
 Status select_blocks(const SelectionKey& key, const SelectionParams& params, int segment_blocks,
                      const LaunchContext& context);
+// `window_blocks`: that are marked at a time; 0 is as many as there is room for.
+Status build_unions(const UnionParams& params, int window_blocks, const LaunchContext& context);
+Status invert_plan(const InversionParams& params, const LaunchContext& context);
 
 }  // namespace sparse_attn
 

@@ -133,4 +133,29 @@ struct SelectionParams {
   SelectionTiling tiling;
 };
 
+// Makes the unions of a `TilePlan`. A tile has `num_groups` row groups, those of `row_group_tokens`
+// tokens for each of the `lists_per_head` query heads that have a list of their own.
+struct UnionParams {
+  const std::int32_t* indices;  // [batch, heads, lists_per_head, num_rows, num_slots]
+  std::int32_t* blocks;         // [batch, heads, num_tiles, capacity], ascending, then -1
+  std::int32_t* counts;         // [batch, heads, num_tiles]
+  std::uint32_t* membership;    // [batch, heads, num_tiles, capacity, num_words], or null
+  int batch, heads, num_rows, num_tiles, capacity, num_words, num_kv_blocks;
+  int num_groups, tile_size, row_group_tokens;
+  int window_blocks;  // that are marked at a time, a multiple of 32
+  Divisor lists_per_head, num_slots, q_block_size;
+};
+
+// Makes its inverse. A tile's blocks are unique.
+struct InversionParams {
+  const std::int32_t* blocks;  // [rows, num_tiles, capacity]
+  std::int32_t* offsets;       // [rows, num_kv_blocks + 1]
+  std::int32_t* tiles;         // [rows, num_tiles * capacity], -1 last
+  std::int32_t* slots;         // as tiles
+  std::int32_t* cursors;       // [rows, num_parts, num_kv_blocks], scratch
+  int rows, num_tiles, num_kv_blocks, num_parts;
+  int tiles_per_part;
+  int capacity;
+};
+
 }  // namespace sparse_attn

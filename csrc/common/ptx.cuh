@@ -17,6 +17,8 @@
 #define SPARSE_ATTN_AT
 #define SPARSE_ATTN_ONLY_AT
 #define SPARSE_ATTN_HERE
+// Before a loop whose indices have to be known when it is compiled: registers have no addresses.
+#define SPARSE_ATTN_UNROLL _Pragma("unroll")
 #else
 #include <array>
 #include <bit>
@@ -27,6 +29,7 @@
 #define SPARSE_ATTN_ONLY_AT std::source_location location = std::source_location::current()
 #define SPARSE_ATTN_AT , SPARSE_ATTN_ONLY_AT
 #define SPARSE_ATTN_HERE , location
+#define SPARSE_ATTN_UNROLL
 #endif
 
 namespace sparse_attn::ptx {

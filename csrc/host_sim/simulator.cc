@@ -258,7 +258,8 @@ void check_words(TrackedBuffer& tracked, std::uintptr_t address, std::size_t byt
                          std::to_string(i * GlobalWord::kBytes) + " of " + tracked.buffer.name);
     }
     if (access == Access::kRead) {
-      const bool is_shared = word.read.who != 0 && word.read.who != who;
+      // Whatever comes after this read comes after those that are ordered before it.
+      const bool is_shared = !is_ordered(word.read);
       word.read = {is_shared ? GlobalWord::kMany : who, block.epoch, false};
     } else {
       word.write = {who, block.epoch, is_atomic};

@@ -167,6 +167,17 @@ TEST(global_readers_are_all_remembered) {
   }
 }
 
+TEST(global_readers_before_a_barrier_are_forgotten) {
+  std::vector<int> y(1, 0);
+  host_sim::launch({}, {64}, {}, {output(y)}, [&] {
+    for (int turn = 0; turn < 4; ++turn) {
+      if (thread() == 16 * turn) ptx::store_global(&y[0], ptx::load_global(&y[0]) + 1);
+      ptx::sync_threads();
+    }
+  });
+  CHECK(y[0] == 4);
+}
+
 TEST(bytes_are_counted) {
   const std::vector<float> x(64);
   std::vector<float> y(64);

@@ -1,12 +1,15 @@
 """Block scoring and selection as a custom call of the hand-written CUDA kernel."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from sparse_attn_jax.implementations.cuda import library
+from sparse_attn_jax.implementations.cuda.custom_call import EntryPoint, Result
 from sparse_attn_jax.scoring_problem import ScoringProblem
 
-TARGET = "sparse_attn_select_blocks"
+ARGUMENTS = ("bshd", "Uukd", "Uckd", "Qs")  # query, compressed, coarse, positions
+SELECT = EntryPoint(library.SELECT_BLOCKS, ARGUMENTS, (Result("indices", "bksn", "int32"),))
+SELECT_PER_QUERY_HEAD = EntryPoint(library.SELECT_BLOCKS, ARGUMENTS, (Result("indices", "bhsn", "int32"),))
 
 
 def select_from_units(
@@ -17,7 +20,6 @@ def select_from_units(
     *,
     problem: ScoringProblem,
     segment_blocks: int | None = None,
-    seed: int = 0,
 ) -> jax.Array:
     """Block lists of every query; their scores never leave the kernel.
 
@@ -28,16 +30,17 @@ def select_from_units(
       positions: int32 [batch or 1, q_len], absolute.
       problem: static description.
       segment_blocks: blocks whose scores are held at a time; `None` is as many as there is room for.
-      seed: the order in which a simulated grid runs.
 
     Returns:
       int32 [batch, num_kv_heads (num_q_heads without a group reduction), q_len, top_k], ascending, -1 last.
     """
-    batch, q_len, num_q_heads, _ = query.shape
-    heads = num_q_heads if problem.group_reduction is None else compressed.shape[2]
-    result = jax.ShapeDtypeStruct((batch, heads, q_len, problem.top_k), jnp.int32)
-    coarse = jnp.zeros((0,), query.dtype) if coarse is None else coarse
-    attributes = dict(
+    call = SELECT_PER_QUERY_HEAD if problem.group_reduction is None else SELECT
+    (indices,) = call(
+        query,
+        compressed,
+        coarse,
+        positions,
+        sizes=dict(n=problem.top_k),
         scale=np.float32(problem.scale),
         kv_len=np.int32(problem.kv_len),
         block_size=np.int32(problem.block_size),
@@ -52,7 +55,7 @@ def select_from_units(
         group_reduction=problem.group_reduction or "none",
         is_causal=problem.is_causal,
         segment_blocks=np.int32(segment_blocks or 0),
-        seed=np.int64(seed),
+        seed=library.seed(),
         arch=np.int32(80),
     )
-    return jax.ffi.ffi_call(TARGET, result)(query, compressed, coarse, positions, **attributes)
+    return indices
