@@ -90,8 +90,8 @@ Status invert_plan(const InversionParams& params, const LaunchContext& context);
 }  // namespace sparse_attn
 
 // What was compiled, as JSON. `sparse_attn_variants`: a list of {"kernel": "attention", "arch": 80,
-// "dtype": "bfloat16", "head_dim": 64, "kv_block_sizes": [16, 32]}. `sparse_attn_kernels`: a list
-// of
+// "dtype": "bfloat16", "head_dim": 64, "kv_block_sizes": [16, 32]}; a kernel named "selection"
+// takes blocks of any size and lists none. `sparse_attn_kernels`: a list of
 // {"config": ..., "threads": ..., "shared_bytes": ...}, as KernelInfo.
 extern "C" const char* sparse_attn_variants();
 extern "C" const char* sparse_attn_kernels();

@@ -27,7 +27,7 @@ auto bind_handler() {
       .RemainingArgs()
       .RemainingRets()
       .template Attrs<Attributes>()
-      .template Ctx<ffi::PlatformStream<CUstream_st*> >();
+      .template Ctx<ffi::PlatformStream<CUstream_st*>>();
 }
 inline LaunchContext context_of(const Call&, std::int64_t, CUstream_st* stream) { return {stream}; }
 #define SPARSE_ATTN_HANDLER(body) body<CUstream_st*>

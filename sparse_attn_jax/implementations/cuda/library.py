@@ -126,3 +126,8 @@ def call_attributes(problem: Problem) -> dict[str, Any]:
 def seed() -> np.int64:
     """The order in which a simulated grid runs."""
     return np.int64(os.environ.get(SEED, 0))
+
+
+def register() -> None:
+    """Registers the custom calls, once per process, where a problem has no platform: for the simulator if it is asked for."""
+    load("cpu" if is_simulated() else "gpu")

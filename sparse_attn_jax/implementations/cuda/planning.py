@@ -59,6 +59,7 @@ def build_plan(
     _, heads, num_tiles, capacity = plan.blocks.shape
     if plan.blocks.size == 0:
         return planning.build_plan(selection, **sizes, with_inverse=with_inverse)
+    library.register()
     indices = selection.indices
     results = UNIONS(
         indices.reshape(indices.shape[0], heads, -1, *indices.shape[2:]),
@@ -80,6 +81,7 @@ def add_inverse(plan: TilePlan) -> TilePlan:
     """The plan with its inverse, which is built if it is not there."""
     if plan.inverse_offsets is not None:
         return plan
+    library.register()
     num_kv_blocks = num_blocks(plan.kv_len, plan.kv_block_size)
     num_tiles, capacity = plan.blocks.shape[2:]
     # No more counters than entries.

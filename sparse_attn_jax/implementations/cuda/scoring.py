@@ -34,6 +34,7 @@ def select_from_units(
     Returns:
       int32 [batch, num_kv_heads (num_q_heads without a group reduction), q_len, top_k], ascending, -1 last.
     """
+    library.register()
     call = SELECT_PER_QUERY_HEAD if problem.group_reduction is None else SELECT
     (indices,) = call(
         query,
