@@ -26,7 +26,7 @@ struct Grid {
 // No allocation, no synchronisation: a launch may be captured into a CUDA graph.
 template <class Config, class Params>
 Status launch(void (*kernel)(Params), const Grid& grid, const Params& params,
-              const LaunchContext& context) {
+              const LaunchContext& context, std::uint32_t shared_bytes = Config::kSharedBytes) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return {};
   if (grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535) {
     return "a grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " +
@@ -37,7 +37,7 @@ Status launch(void (*kernel)(Params), const Grid& grid, const Params& params,
 #if SPARSE_ATTN_HOST_SIM
   try {
     host_sim::launch(grid.as<host_sim::Dim3>(), {Config::kThreads},
-                     {.seed = context.seed, .shared_bytes = Config::kSharedBytes}, context.buffers,
+                     {.seed = context.seed, .shared_bytes = shared_bytes}, context.buffers,
                      [&] { kernel(params); });
   } catch (const host_sim::Error& error) {
     return error.what();
@@ -45,15 +45,15 @@ Status launch(void (*kernel)(Params), const Grid& grid, const Params& params,
 #else
   cudaError_t error = cudaSuccess;
   // What a block may have without asking.
-  if constexpr (Config::kSharedBytes > 48 * 1024) {
+  if (shared_bytes > 48 * 1024) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 Config::kSharedBytes);
+                                 static_cast<int>(shared_bytes));
   }
   if (error == cudaSuccess) {
     cudaLaunchConfig_t config{};
     config.gridDim = grid.as<dim3>();
     config.blockDim = {Config::kThreads};
-    config.dynamicSmemBytes = Config::kSharedBytes;
+    config.dynamicSmemBytes = shared_bytes;
     config.stream = context.stream;
     error = cudaLaunchKernelEx(&config, kernel, params);
   }

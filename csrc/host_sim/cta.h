@@ -121,6 +121,7 @@ class Cta {
         number(number),
         threads(grid.block.x * grid.block.y * grid.block.z),
         shared(grid.settings.shared_bytes, kPoison),
+        atomic_epochs(grid.settings.shared_bytes, 0),
         races(static_cast<int>(threads.size()), grid.settings.shared_bytes),
         meetings(num_warps()),
         fibers_(fibers),
@@ -151,6 +152,7 @@ class Cta {
   const std::uint32_t number;
   std::vector<Thread> threads;
   std::vector<unsigned char> shared;
+  std::vector<std::uint32_t> atomic_epochs;  // by byte: of the last atomic operation
   Races races;
   std::vector<std::vector<Meeting>> meetings;  // by warp
   std::array<Barrier, kNumBarriers> barriers;
