@@ -67,17 +67,23 @@ def predict(schedule: Schedule, lists: Lists, device: Device) -> Prediction | No
         return None
     work = work_of(schedule, lists, device.l2_capacity)
     counts = counts_of(schedule, case, work)
-    # Warps at work of a CTA, on average. Fewer than four on an SM leave tensor cores and schedulers idle.
-    busy_warps = work.unit_pieces / work.pieces * schedule.unit_warps
-    busy = min(1.0, busy_warps * ctas_per_sm / SCHEDULERS)
-    flops_per_second = device.flops[schedule.tensor]
-    issues_per_second = device.sms * SCHEDULERS * device.clock
-    instructions = schedule.instructions and schedule.instructions * work.unit_pieces * schedule.unit_warps
+
+    def idle_factor(warps_per_cta: float) -> float:
+        """Fewer than four warps at work on an SM leave tensor cores and schedulers idle."""
+        return max(1.0, SCHEDULERS / (warps_per_cta * ctas_per_sm))
+
+    steps_per_piece = schedule.walked // schedule.step
+    computing = idle_factor(work.steps / (work.pieces * steps_per_piece) * schedule.unit_warps)
+    issue = None
+    if schedule.instructions is not None:
+        step, rest = issued(schedule, case)
+        issue = work.steps * step * computing + work.pieces * rest * idle_factor(schedule.warps)
+        issue /= device.sms * SCHEDULERS * device.clock
     return Prediction(
-        tensor=counts.flops / (flops_per_second * busy),
-        issue=instructions and instructions / (issues_per_second * busy),
+        tensor=counts.flops / device.flops[schedule.tensor] * computing,
+        issue=issue,
         shared=(counts.shared_loaded + counts.shared_stored) / (device.sms * device.clock * SHARED_BYTES_PER_CLOCK),
-        l2=(counts.payload_loaded + counts.global_stored) / device.l2_bytes,
+        l2=(counts.loaded + counts.stored) / device.l2_bytes,
         hbm=hbm_bytes(schedule, case, work, counts) / device.hbm_bytes,
         longest=work.longest * piece_seconds(schedule, case, device),
         ctas_per_sm=ctas_per_sm,
@@ -85,21 +91,30 @@ def predict(schedule: Schedule, lists: Lists, device: Device) -> Prediction | No
     )
 
 
+def issued(schedule: Schedule, case: Case) -> tuple[float, float]:
+    """Instructions by all warps of a unit for a step, and by all of a CTA for the rest of a piece."""
+    found = schedule.instructions
+    copies = schedule.walked * row_pair_bytes(case) / (32 * 16)
+    return schedule.unit_warps * found.step, schedule.warps * found.piece + copies * found.copy
+
+
 def hbm_bytes(schedule: Schedule, case: Case, work: Work, counts: Counts) -> float:
     """Owned rows and results once; of the walked side what misses, and at least each row once."""
     num_rows = case.kv_len * case.num_kv_heads if schedule.owns == "queries" else case.q_len * case.num_q_heads
     walked = max(work.missed, case.batch * num_rows) * row_pair_bytes(case)
-    owned = counts.payload_loaded - work.items * row_pair_bytes(case)
-    return owned + walked + counts.global_stored
+    owned = counts.loaded - work.items * row_pair_bytes(case)
+    return owned + walked + counts.stored
 
 
 def piece_seconds(schedule: Schedule, case: Case, device: Device) -> float:
-    """Of one piece in a CTA that has an SM to itself: multiplying, and issuing instructions."""
-    products = schedule.shared_products + schedule.register_products
-    flops = products * 2 * schedule.owned * schedule.walked * case.head_dim
-    rounds = max(1.0, schedule.warps / SCHEDULERS)  # of warps that take turns on a scheduler
-    multiply = flops / schedule.warps * rounds / (device.flops[schedule.tensor] / (device.sms * SCHEDULERS))
-    return max(multiply, rounds * (schedule.instructions or 0) / device.clock)
+    """Of one piece in a CTA that has an SM to itself: multiplying, or issuing instructions."""
+    used = min(schedule.warps, SCHEDULERS)
+    flops = schedule.products * 2 * schedule.owned * schedule.walked * case.head_dim
+    multiply = flops / (used * device.flops[schedule.tensor] / (device.sms * SCHEDULERS))
+    if schedule.instructions is None:
+        return multiply
+    step, rest = issued(schedule, case)
+    return max(multiply, (step * schedule.units * schedule.walked // schedule.step + rest) / (used * device.clock))
 
 
 def occupancy(schedule: Schedule, device: Device) -> int:

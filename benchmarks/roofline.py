@@ -137,7 +137,7 @@ def with_tables(document: str, tables: str) -> str:
 def entry_data(entry: Entry) -> dict:
     found = entry.prediction
     sizes = {name: getattr(entry.case, name) for name in ("q_len", "kv_len", "batch", "q_block_size", "kv_block_size")}
-    schedule = {name: getattr(entry.schedule, name) for name in ("tokens", "rows", "keys", "warps", "shared_bytes", "skips")}
+    schedule = {name: getattr(entry.schedule, name) for name in ("tokens", "rows", "keys", "warps", "shared_bytes")}
     names = dict(kernel=entry.kernel, device=KERNELS[entry.kernel].device.name, lists=entry.lists)
     data = dict(**names, **sizes, **schedule, blocks_walked=entry.union)
     if found is None:

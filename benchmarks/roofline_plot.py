@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from benchmarks.roofline_tables import FORWARD_GOAL, GENERATORS, INFLLM_V2, KERNELS, TOKEN_CASES, Entry, best
 
-COLUMNS = ("forward", "forward lean", "forward lean skipping", "forward SM90")
+COLUMNS = ("forward", "forward lean", "forward SM90")
 COLORS = dict(tensor="C0", issue="C1", shared="C2", memory="C3")
 
 

@@ -63,24 +63,21 @@ class Kernel:
 
     Attributes:
       is_lean: as if its instructions were so few that they never limit.
-      skips: as `Schedule.skips`.
     """
 
     label: str
     make: Callable[[Case, int], Schedule]
     device: Device
     is_lean: bool = False
-    skips: bool = False
 
     def schedule(self, case: Case, tokens: int) -> Schedule:
         made = self.make(case, tokens)
-        return dataclasses.replace(made, instructions=None if self.is_lean else made.instructions, skips=self.skips)
+        return dataclasses.replace(made, instructions=None) if self.is_lean else made
 
 
 FORWARD = {
     "forward": Kernel("SM80", schedules.sm80_forward, H100),
     "forward lean": Kernel("SM80 lean", schedules.sm80_forward, H100, is_lean=True),
-    "forward lean skipping": Kernel("SM80 lean, skipping", schedules.sm80_forward, H100, is_lean=True, skips=True),
     "forward SM90": Kernel("SM90 planned", schedules.sm90_forward, H100),
     "forward A100": Kernel("A100, SM80", schedules.sm80_forward, A100),
     "forward lean A100": Kernel("A100, SM80 lean", schedules.sm80_forward, A100, is_lean=True),
@@ -156,7 +153,7 @@ def check_section() -> str:
         published = INFLLM_V2[case.q_len].forward
         found = predict(schedules.infllm_v2_forward(case), sample_lists(case, "random"), H100)
         parts = [f"{1e3 * x:.1f}" for x in (found.tensor, found.shared, found.l2, found.hbm, found.seconds)]
-        loaded = f"{found.counts.payload_loaded / 1e12:.3f}"
+        loaded = f"{found.counts.loaded / 1e12:.3f}"
         ratio = f"{1e3 * found.seconds / published:.2f}"
         cells.append([f"{case.q_len:,} x {case.batch}", loaded, *parts, f"{published:.2f}", ratio])
     return section("The check: InfLLM-v2's forward on an H100", header, cells)
@@ -192,7 +189,7 @@ def goal_sections(entries: Sequence[Entry]) -> str:
         for lists in GENERATORS:
             find = functools.partial(best, entries, case=case, lists=lists)
             goal = published.forward / FORWARD_GOAL
-            names = ("forward", "forward lean", "forward lean skipping", "forward SM90")
+            names = ("forward", "forward lean", "forward SM90")
             line = [f"{case.q_len:,}", lists, f"{published.forward:.1f}", f"{goal:.1f}"]
             forward.append(line + [cell([find(name)], goal) for name in names])
             goal = published.training / TRAINING_GOAL
@@ -202,7 +199,7 @@ def goal_sections(entries: Sequence[Entry]) -> str:
             training.append(line + [cell(parts, goal, extra_ms) for parts in passes])
     header = ["tokens", "lists", "published ms, InfLLM-v2", "goal ms"]
     labels = ["predicted ms: SM80", "predicted ms: SM80 lean"]
-    more = ["predicted ms: SM80 lean, skipping", "predicted ms: SM90 planned"]
+    more = ["predicted ms: SM90 planned"]
     marks = "tokens per tile in brackets, * meets the goal"
     titles = (
         f"Forward on an H100; goal: {FORWARD_GOAL}x InfLLM-v2 ({marks})",

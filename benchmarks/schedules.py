@@ -2,34 +2,26 @@
 
 Every attention kernel here has the same form. A CTA *owns* rows of one side, queries or keys, which it loads once. It *walks*
 pieces of the other side: chunks of the keys of the listed blocks, or the query tiles that list its block. Each piece passes
-through shared memory, where all owned rows meet it in two or more matrix products. `docs/performance.md` explains the formulae.
+through shared memory. A warp (of wgmma, four together: a *unit*) multiplies its own 16 rows with a *step* of the piece, unless
+none of the queries among them sees any of the keys. `docs/performance.md` explains the formulae.
 """
 
 import dataclasses
+import math
 
 import numpy as np
 
-from benchmarks.tile_lists import Lists, Tiles, tiles_of
+from benchmarks.tile_lists import Lists, Tiles, seen_by_groups, tiles_of
+from sparse_attn_jax.implementations.cuda.attention_backward import LONG_LIST, MIN_ENTRIES_PER_PART
 from sparse_attn_jax.testing.cases import Case
 
 ELEMENT_BYTES = 2
+SUM_BYTES = 4
 MATRIX_FLOPS = 2 * 16 * 8 * 16  # of an mma.m16n8k16
-# Of a row of the table that the key-major kernel keeps in shared memory.
+WARP_ROWS = 16  # that a warp owns
+# The key-major kernel: rows of a tile that it computes on at a time, and bytes of each in a table in shared memory.
+PART_ROWS = 32
 TABLE_ROW_BYTES = 32
-TABLE_PART = 32  # rows of a tile that it computes on at a time
-
-
-@dataclasses.dataclass(frozen=True)
-class Metadata:
-    """Bytes that the threads of a CTA load one by one: lists, positions, membership, lse.
-
-    They are counted to compare with the simulator; a GPU finds nearly all of them in L1, where all lanes share a line.
-    """
-
-    per_cta: int
-    per_piece: int
-    per_row: int = 0  # of an owned row
-    per_pair: int = 0  # of a query row and a piece
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,22 +31,21 @@ class Schedule:
     Attributes:
       owns: "queries" (forward, dQ) or "keys" (dK and dV): what a CTA keeps while it walks the other.
       tokens: query tokens of a tile. Its rows are these tokens with the query heads of one KV head.
-      rows: rows of a tile as computed, padding included.
+      rows: query rows that a CTA has at a time, padding included. A tile with more is cut into slices.
       keys: keys of a chunk.
       step: walked rows that are multiplied at a time.
       warps: of a CTA, those that multiply.
-      unit_warps: warps that multiply together: 1 for mma, 4 for wgmma. They own `16 * unit_warps` rows.
+      unit_warps: warps that multiply together: 1 for mma, 4 for wgmma.
       owned_arrays: arrays of which a CTA loads its own rows. (Of the walked side it is always two: keys and values, or queries
         and gradients of the output.)
-      written_bytes: per owned row.
+      written_arrays: results with a row per owned row.
+      writes_lse: and a float32 for each.
       shared_products: matrix products that read both sides from shared memory.
       register_products: those that have the owned side's factor in registers.
       shared_bytes: of a CTA.
       registers: of a thread.
-      instructions: that a warp issues per piece; `None`: not known, and then no bound.
-      skips: whether a warp skips a chunk that none of its rows chose; its CTA loads the chunk all the same.
+      instructions: `None`: not known, and then no limit.
       tensor: which instruction multiplies, "mma" or "wgmma".
-      metadata: `None`: not modelled.
     """
 
     name: str
@@ -66,15 +57,14 @@ class Schedule:
     warps: int
     unit_warps: int = 1
     owned_arrays: int
-    written_bytes: int
+    written_arrays: int
+    writes_lse: bool = False
     shared_products: int
     register_products: int
     shared_bytes: int
     registers: int
-    instructions: int | None = None
-    skips: bool = False
+    instructions: "Instructions | None" = None
     tensor: str = "mma"
-    metadata: Metadata | None = None
 
     @property
     def owned(self) -> int:
@@ -88,165 +78,150 @@ class Schedule:
     def units(self) -> int:
         return self.warps // self.unit_warps
 
+    @property
+    def products(self) -> int:
+        return self.shared_products + self.register_products
+
 
 # ---- Schedules. Row bytes with padding: sm80/matrix.cuh; shared memory: the Config structs of each kernel.
 
-# For D=128 and chunks of 64 keys, per thread and per warp and piece. Registers: ptxas -v of CUDA 13.0, sm_80. Instructions: of
-# the main loop in the same build's listing (cuobjdump -sass), without the soft cap's branch, copy loops as often as they run.
-REGISTERS = dict(forward=168, query_gradient=240, key_gradient=240)
-INSTRUCTIONS = dict(forward=3000, query_gradient=3900, key_gradient=4000)
+
+@dataclasses.dataclass(frozen=True)
+class Instructions:
+    """What a warp issues in the main loop.
+
+    Attributes:
+      step: for a step that it computes, if all of it is visible.
+      piece: for each piece, computed or not: tests of what is visible, barriers, bookkeeping.
+      copy: for each copy of 16 bytes per lane.
+    """
+
+    step: int
+    piece: int
+    copy: int
 
 
-def sm80_forward(case: Case, tokens: int, *, warps: int | None = None, **changes) -> Schedule:
+# Of D=128 and chunks of 64 keys, by nvcc of CUDA 13.0 for sm_80: registers from ptxas -v, instructions counted in the listing
+# (cuobjdump -sass) of sources from which the soft cap and the branch for partly visible steps were taken out.
+REGISTERS = dict(forward=171, query_gradient=238, key_gradient=244)
+INSTRUCTIONS = dict(
+    forward=Instructions(step=840, piece=490, copy=71),
+    query_gradient=Instructions(step=820, piece=490, copy=72),
+    key_gradient=Instructions(step=350, piece=970, copy=72),
+)
+
+
+def sm80_forward(case: Case, tokens: int, *, warps: int | None = None) -> Schedule:
     """csrc/sm80/attention_forward.cuh. Without `warps`: as many as the tile has 16 rows."""
-    warps = warps or warps_of(case, tokens)
-    keys = chunk_keys(case, 32)
-    row_bytes = padded_row_bytes(case)
-    schedule = Schedule(
-        name="SM80 forward",
-        owns="queries",
-        tokens=tokens,
-        rows=16 * warps,
-        keys=keys,
-        step=keys,
-        warps=warps,
-        owned_arrays=1,
-        written_bytes=case.head_dim * ELEMENT_BYTES + 4,  # and lse
-        shared_products=1,
-        register_products=1,
-        shared_bytes=16 * warps * row_bytes + 2 * 2 * keys * row_bytes,
-        registers=REGISTERS["forward"],
-        instructions=INSTRUCTIONS["forward"],
-        metadata=query_major_metadata(case, tokens, warps, statistics=0),
-    )
-    return dataclasses.replace(schedule, **changes)
+    return sm80_query_major("forward", case, tokens, warps)
 
 
-def sm80_query_gradient(case: Case, tokens: int, *, warps: int | None = None, **changes) -> Schedule:
+def sm80_query_gradient(case: Case, tokens: int, *, warps: int | None = None) -> Schedule:
     """The dQ kernel of csrc/sm80/attention_backward.cuh."""
-    warps = warps or warps_of(case, tokens)
-    keys = chunk_keys(case, 32)
-    row_bytes = padded_row_bytes(case)
-    schedule = Schedule(
-        name="SM80 dQ",
+    return sm80_query_major("query_gradient", case, tokens, warps)
+
+
+def sm80_query_major(kernel: str, case: Case, tokens: int, warps: int | None) -> Schedule:
+    # The gradient's CTAs also have the gradients of their rows' outputs, and multiply them with the values.
+    gradients = 1 if kernel == "query_gradient" else 0
+    warps = warps or -(-tokens * group_size(case) // WARP_ROWS)
+    rows = WARP_ROWS * warps
+    keys = min(case.kv_block_size, 64 if case.head_dim <= 128 else 32)
+    return Schedule(
+        name=f"SM80 {kernel}",
         owns="queries",
         tokens=tokens,
-        rows=16 * warps,
+        rows=rows,
         keys=keys,
         step=keys,
         warps=warps,
-        owned_arrays=2,
-        written_bytes=case.head_dim * ELEMENT_BYTES,
-        shared_products=2,
+        owned_arrays=1 + gradients,
+        written_arrays=1,
+        writes_lse=gradients == 0,
+        shared_products=1 + gradients,
         register_products=1,
-        shared_bytes=2 * 16 * warps * row_bytes + 2 * 2 * keys * row_bytes,
-        registers=REGISTERS["query_gradient"],
-        instructions=INSTRUCTIONS["query_gradient"],
-        metadata=query_major_metadata(case, tokens, warps, statistics=2),
+        shared_bytes=((1 + gradients) * rows + 2 * 2 * keys) * padded_row_bytes(case),
+        registers=REGISTERS[kernel],
+        instructions=INSTRUCTIONS[kernel],
     )
-    return dataclasses.replace(schedule, **changes)
 
 
-def sm80_key_gradient(case: Case, tokens: int, *, rows: int | None = None, which: str = "both", **changes) -> Schedule:
+def sm80_key_gradient(case: Case, tokens: int, *, rows: int | None = None, which: str = "both") -> Schedule:
     """The dK and dV kernel of csrc/sm80/attention_backward.cuh; `which` is "both", "key" or "value"."""
-    rows = rows or -(-tokens * group_size(case) // TABLE_PART) * TABLE_PART
-    keys = chunk_keys(case, 64)
-    row_bytes = padded_row_bytes(case)
+    rows = rows or -(-tokens * group_size(case) // PART_ROWS) * PART_ROWS
+    keys = min(case.kv_block_size, 64)
     stages = 1 if case.head_dim > 128 else 2
-    threads = 2 * keys
-    schedule = Schedule(
-        name="SM80 dK and dV",
+    return Schedule(
+        name="SM80 key_gradient",
         owns="keys",
         tokens=tokens,
         rows=rows,
         keys=keys,
-        step=TABLE_PART,
-        warps=keys // 16,
+        step=PART_ROWS,
+        warps=keys // WARP_ROWS,
         owned_arrays=2,
-        written_bytes=case.head_dim * ELEMENT_BYTES * (2 if which == "both" else 1),
+        written_arrays=2 if which == "both" else 1,
         shared_products=1 if which == "value" else 2,
         register_products=2 if which == "both" else 1,
-        shared_bytes=2 * keys * row_bytes + stages * rows * (2 * row_bytes + TABLE_ROW_BYTES),
+        shared_bytes=(2 * keys + 2 * stages * rows) * padded_row_bytes(case) + stages * rows * TABLE_ROW_BYTES,
         registers=REGISTERS["key_gradient"],
-        instructions=INSTRUCTIONS["key_gradient"] * rows // 64,
-        # Offsets of the list; tile and slot; slot, position, lse, delta and membership of a row.
-        metadata=Metadata(8 * threads, 8 * threads, per_pair=16 + 4 * has_membership(case, tokens)),
+        instructions=INSTRUCTIONS["key_gradient"],
     )
-    return dataclasses.replace(schedule, **changes)
 
 
 def infllm_v2_forward(case: Case) -> Schedule:
     """InfLLM-v2's forward as published (github.com/OpenBMB/infllmv2_cuda_impl): a CTA is one warp with one token.
 
-    16 rows (the group's heads) walk the token's own blocks of 64 keys; one buffer each for queries, keys and values.
+    16 rows, the group's heads, walk the token's own blocks; one buffer each for queries, keys and values.
     """
-    row_bytes = case.head_dim * ELEMENT_BYTES
     return Schedule(
         name="InfLLM-v2 forward",
         owns="queries",
         tokens=1,
-        rows=16,
+        rows=WARP_ROWS,
         keys=64,
         step=64,
         warps=1,
         owned_arrays=1,
-        written_bytes=row_bytes + 4,
+        written_arrays=1,
+        writes_lse=True,
         shared_products=1,
         register_products=1,
-        shared_bytes=(16 + 2 * 64) * row_bytes,
+        shared_bytes=(WARP_ROWS + 2 * 64) * case.head_dim * ELEMENT_BYTES,
         registers=255,
     )
 
 
 def sm90_forward(case: Case, tokens: int) -> Schedule:
-    """A plan, no kernel yet: TMA into three stages, wgmma by one or more warpgroups of 64 rows, one warp that loads."""
-    groups = -(-tokens * group_size(case) // 64)
-    row_bytes = case.head_dim * ELEMENT_BYTES  # swizzled, not padded
+    """A plan, no kernel yet: TMA into three stages, wgmma by one or more warpgroups of 64 rows."""
+    units = -(-tokens * group_size(case) // 64)
     keys = min(case.kv_block_size, 64)
     return Schedule(
         name="SM90 forward (planned)",
         owns="queries",
         tokens=tokens,
-        rows=64 * groups,
+        rows=64 * units,
         keys=keys,
         step=keys,
-        warps=4 * groups,
+        warps=4 * units,
         unit_warps=4,
         owned_arrays=1,
-        written_bytes=row_bytes + 4,
+        written_arrays=1,
+        writes_lse=True,
         shared_products=1,
         register_products=1,
-        shared_bytes=64 * groups * row_bytes + 3 * 2 * keys * row_bytes,
-        registers=168 if groups > 1 else 240,
+        shared_bytes=(64 * units + 3 * 2 * keys) * case.head_dim * ELEMENT_BYTES,
+        registers=168,
         tensor="wgmma",
     )
-
-
-def query_major_metadata(case: Case, tokens: int, warps: int, statistics: int) -> Metadata:
-    """Of the forward and dQ kernels: four lanes hold a row, and each loads its position and `statistics` floats."""
-    threads = 32 * warps
-    return Metadata(4 * threads, 8 * threads, 4 * 4 * (1 + statistics), 4 * 4 * has_membership(case, tokens))
-
-
-def has_membership(case: Case, tokens: int) -> bool:
-    """Whether a tile's tokens may have different lists, so that rows look up which blocks are theirs."""
-    return case.q_len > case.q_block_size and case.q_block_size % tokens != 0
 
 
 def group_size(case: Case) -> int:
     return case.num_q_heads // case.num_kv_heads
 
 
-def warps_of(case: Case, tokens: int) -> int:
-    return -(-tokens * group_size(case) // 16)
-
-
 def padded_row_bytes(case: Case) -> int:
     return case.head_dim * ELEMENT_BYTES + 16
-
-
-def chunk_keys(case: Case, most_of_large_heads: int) -> int:
-    return min(case.kv_block_size, 64 if case.head_dim <= 128 else most_of_large_heads)
 
 
 # ---- Counts.
@@ -260,41 +235,23 @@ class Work:
       ctas: number of CTAs.
       owned: owned rows that exist.
       pieces: walked pieces.
-      unit_pieces: pieces that are computed on, times the units that compute.
       items: walked rows that exist.
-      pairs: pairs of a query row and a piece.
+      steps: pairs of a unit and a step of a piece that are computed.
+      full_steps: of these, those in which everything is visible.
       longest: pieces of the CTA that has most.
       missed: walked rows that L2 cannot keep, by `Device.l2_capacity`.
+      summed: owned rows whose results are sums of several CTAs', by way of float32.
     """
 
     ctas: float
     owned: float
     pieces: float
-    unit_pieces: float
     items: float
-    pairs: float
+    steps: float
+    full_steps: float
     longest: float
     missed: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Counts:
-    """Bytes and operations of a launch, over all threads; `payload` is what is not metadata."""
-
-    payload_loaded: float
-    metadata_loaded: float
-    global_stored: float
-    shared_loaded: float
-    shared_stored: float
-    flops: float
-
-    @property
-    def global_loaded(self) -> float:
-        return self.payload_loaded + self.metadata_loaded
-
-    @property
-    def matrix_instructions(self) -> float:
-        return self.flops / MATRIX_FLOPS
+    summed: float = 0
 
 
 def work_of(schedule: Schedule, lists: Lists, l2_capacity: float = np.inf) -> Work:
@@ -304,51 +261,84 @@ def work_of(schedule: Schedule, lists: Lists, l2_capacity: float = np.inf) -> Wo
 
 def query_major_work(schedule: Schedule, lists: Lists, tiles: Tiles, l2_capacity: float) -> Work:
     case, scale = lists.case, lists.coverage * lists.repeats
-    rows = tiles.tokens * group_size(case)
-    last_keys = case.kv_len - (lists.num_kv_blocks - 1) * case.kv_block_size
-    keys = tiles.blocks * case.kv_block_size - tiles.has_last * (case.kv_block_size - last_keys)
-    chunks_per_block = case.kv_block_size // schedule.keys
-    pieces = tiles.blocks * chunks_per_block
-    # Chunks of the last block that lie behind the last key hold zeros and are not computed on.
-    computed = pieces - tiles.has_last * (chunks_per_block + -last_keys // schedule.keys)
-    unit_pieces = computed * schedule.units
-    if schedule.skips:
-        unit_tokens = 16 * schedule.unit_warps // group_size(case)
-        chosen = tiles_of(lists, max(1, unit_tokens)).blocks.sum() * max(1, -(-group_size(case) // 16))
-        unit_pieces = chosen * chunks_per_block
+    slices = slices_of_tile(schedule, case)
+    pieces = tiles.blocks * (case.kv_block_size // schedule.keys) * slices
+    keys = (tiles.blocks * case.kv_block_size - tiles.has_last * missing_keys(lists)) * slices
+    seen, fully = seen_by_rows(schedule, lists, WARP_ROWS * schedule.unit_warps, schedule.keys, case.kv_len)
     missed = keys * miss_rate(tiles.visible * row_pair_bytes(case), l2_capacity)
     return Work(
-        ctas=len(tiles.blocks) * scale,
-        owned=rows.sum() * scale,
+        ctas=len(pieces) * slices * scale,
+        owned=tiles.tokens.sum() * group_size(case) * scale,
         pieces=pieces.sum() * scale,
-        unit_pieces=unit_pieces.sum() * scale,
         items=keys.sum() * scale,
-        pairs=(rows * computed).sum() * scale,
-        longest=pieces.max(),
+        steps=seen * scale,
+        full_steps=fully * scale,
+        longest=pieces.max() / slices,
         missed=missed.sum() * scale,
     )
 
 
 def key_major_work(schedule: Schedule, lists: Lists, tiles: Tiles, l2_capacity: float) -> Work:
     case = lists.case
-    # Each CTA is a chunk of one block's keys; all chunks of a block have its list.
-    num_chunks = -(-case.kv_len // schedule.keys)
-    block = np.arange(num_chunks) * schedule.keys // case.kv_block_size
-    pieces = tiles.visits[:, block] * lists.coverage
-    rows = tiles.visit_tokens[:, block] * group_size(case) * lists.coverage
-    # The tiles that may list the block: all whose last token causality lets see it.
+    slices, chunks = slices_of_tile(schedule, case), case.kv_block_size // schedule.keys
+    lengths = tiles.visits * lists.coverage
+    rows = tiles.visit_tokens * group_size(case) * lists.coverage
+    parts = parts_of_lists(lists, schedule.tokens, lengths)
+    block = np.arange(lists.num_kv_blocks)
+    keys = np.where(block == block[-1], case.kv_block_size - missing_keys(lists), case.kv_block_size)
+    # The queries that may list a block: all that causality lets see it.
     first_query = np.clip(block * case.kv_block_size - (case.kv_len - case.q_len), 0, case.q_len) if case.is_causal else 0
     reach = (case.q_len - first_query) * group_size(case) * row_pair_bytes(case)
+    seen, fully = seen_by_rows(schedule, lists, PART_ROWS, WARP_ROWS, lists.num_kv_blocks * case.kv_block_size)
     return Work(
-        ctas=pieces.size * lists.repeats,
-        owned=case.kv_len * len(pieces) * lists.repeats,
-        pieces=pieces.sum() * lists.repeats,
-        unit_pieces=pieces.sum() * schedule.units * lists.repeats,
-        items=rows.sum() * lists.repeats,
-        pairs=rows.sum() * lists.repeats,
-        longest=pieces.max(),
-        missed=(rows * miss_rate(reach, l2_capacity)).sum() * lists.repeats,
+        ctas=parts.sum() * chunks * lists.repeats,
+        owned=(parts * keys).sum() * lists.repeats,
+        pieces=lengths.sum() * slices * chunks * lists.repeats,
+        items=rows.sum() * chunks * lists.repeats,
+        steps=seen * lists.coverage * lists.repeats,
+        full_steps=fully * lists.coverage * lists.repeats,
+        longest=np.ceil(lengths / parts).max() * slices,
+        missed=(rows * miss_rate(reach, l2_capacity)).sum() * chunks * lists.repeats,
+        summed=((parts > 1) * parts * keys).sum() * lists.repeats,
     )
+
+
+def slices_of_tile(schedule: Schedule, case: Case) -> int:
+    return -(-schedule.tokens * group_size(case) // schedule.rows)
+
+
+def seen_by_rows(schedule: Schedule, lists: Lists, rows: int, keys: int, key_limit: int) -> tuple[int, int]:
+    """Of groups of `rows` rows of a tile and `keys` keys of a block: how many see some of it, and how many see all."""
+    group = group_size(lists.case)
+    if rows % group and group % rows:
+        raise ValueError(f"`case` has {group} query heads per KV head; the model needs a divisor or a multiple of {rows}.")
+    seen = seen_by_groups(lists, schedule.tokens, max(1, rows // group), keys, key_limit)
+    repeats = max(1, group // rows)
+    return seen.partly * repeats, seen.fully * repeats
+
+
+def missing_keys(lists: Lists) -> int:
+    """Keys that the last block lacks."""
+    return lists.num_kv_blocks * lists.case.kv_block_size - lists.case.kv_len
+
+
+def parts_of_lists(lists: Lists, tokens: int, lengths: np.ndarray) -> np.ndarray:
+    """CTAs that share each block's list of tiles, as implementations/cuda/attention_backward.py has it: as `lengths`."""
+    return np.maximum(np.ceil(lengths / entries_per_part(lists, tokens)), 1).astype(np.int64)
+
+
+def entries_per_part(lists: Lists, tokens: int) -> int:
+    return max(MIN_ENTRIES_PER_PART, LONG_LIST * -(-num_entries(lists, tokens) // lists.num_kv_blocks))
+
+
+def num_entries(lists: Lists, tokens: int) -> int:
+    """Slots of all lists of a plan."""
+    capacity = min(lists_per_tile(lists.case, tokens) * lists.ids.shape[-1], lists.num_kv_blocks)
+    return -(-lists.case.q_len // tokens) * capacity
+
+
+def lists_per_tile(case: Case, tokens: int) -> int:
+    return 1 if case.q_len <= case.q_block_size else tokens // math.gcd(tokens, case.q_block_size)
 
 
 def miss_rate(reach, l2_capacity: float):
@@ -361,26 +351,41 @@ def row_pair_bytes(case: Case) -> int:
     return 2 * case.head_dim * ELEMENT_BYTES
 
 
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """Bytes and operations of a launch. `loaded` is rows of the big arrays; the rest is in `benchmarks.metadata`."""
+
+    loaded: float
+    stored: float
+    shared_loaded: float
+    shared_stored: float
+    flops: float
+
+    @property
+    def matrix_instructions(self) -> float:
+        return self.flops / MATRIX_FLOPS
+
+
 def counts_of(schedule: Schedule, case: Case, work: Work) -> Counts:
     row_bytes = case.head_dim * ELEMENT_BYTES
-    metadata = schedule.metadata or Metadata(0, 0)
-    unit_rows = schedule.owned // schedule.units
-    steps = schedule.walked // schedule.step
-    per_step = schedule.shared_products * (unit_rows + schedule.step) + schedule.register_products * schedule.step
-    # Each thread of the key-major kernel reads the table's row of each of its columns, a quarter of all.
+    unit_rows = WARP_ROWS * schedule.unit_warps
+    rows_per_step = schedule.shared_products * (unit_rows + schedule.step) + schedule.register_products * schedule.step
+    # Float32 sums have one element more, of the bias, if they are of keys or of both.
     is_key_major = schedule.owns == "keys"
-    table_loaded = is_key_major * work.unit_pieces * 32 * schedule.unit_warps * (schedule.rows // 4) * TABLE_ROW_BYTES
-    table_stored = is_key_major * work.pieces * schedule.rows * TABLE_ROW_BYTES
-    products = schedule.shared_products + schedule.register_products
+    sum_bytes = (schedule.written_arrays * case.head_dim + (schedule.shared_products == 2)) * SUM_BYTES
+    result_bytes = schedule.written_arrays * row_bytes + schedule.writes_lse * SUM_BYTES
     return Counts(
-        payload_loaded=row_bytes * (schedule.owned_arrays * work.owned + 2 * work.items),
-        metadata_loaded=metadata.per_cta * work.ctas
-        + metadata.per_piece * work.pieces
-        + metadata.per_row * work.owned
-        + metadata.per_pair * work.pairs,
-        global_stored=schedule.written_bytes * work.owned,
-        shared_loaded=work.unit_pieces * steps * per_step * row_bytes + table_loaded,
+        loaded=row_bytes * (schedule.owned_arrays * work.owned + 2 * work.items),
+        stored=result_bytes * (work.owned - work.summed) + sum_bytes * work.summed,
+        shared_loaded=row_bytes * rows_per_step * work.steps + is_key_major * table_bytes(schedule, work),
         shared_stored=row_bytes * (schedule.owned_arrays * schedule.owned * work.ctas + 2 * schedule.walked * work.pieces)
-        + table_stored,
-        flops=work.unit_pieces * products * 2 * unit_rows * schedule.walked * case.head_dim,
+        + is_key_major * TABLE_ROW_BYTES * schedule.rows * work.pieces,
+        flops=work.steps * schedule.products * 2 * unit_rows * schedule.step * case.head_dim,
     )
+
+
+def table_bytes(schedule: Schedule, work: Work) -> float:
+    """What the key-major kernel reads of its table: 32 lanes a row each to see what is visible, then one for each column."""
+    looks = work.pieces * schedule.units * (schedule.rows // PART_ROWS)
+    columns = PART_ROWS // 4
+    return 32 * TABLE_ROW_BYTES * (looks + columns * (work.steps + work.full_steps))

@@ -1,6 +1,7 @@
 """How many blocks a tile of neighbouring queries has to walk: unions of their lists, counted for a sample of the tokens."""
 
 import dataclasses
+import functools
 import math
 import zlib
 from collections.abc import Iterator
@@ -12,19 +13,21 @@ import sparse_attn_jax as sa
 from sparse_attn_jax.testing import inputs
 from sparse_attn_jax.testing.cases import Case
 
-# Tiles whose unions are marked at a time: with 2,048 blocks, 8 MiB.
-TILES_PER_CHUNK = 4096
+# Of arrays [tiles, lists, blocks]: 8 MiB of int32.
+ELEMENTS_PER_CHUNK = 2**21
 # What a sample is made of: 256 stretches of 16 successive tokens, one at random in each 256th of the sequence.
 STRETCHES = 256
 STRETCH_TOKENS = 16
+# Schedules that share a tile size share its counts.
+CACHED_COUNTS = 64
 # How fast queries and keys of realistic lists change along the sequence, as in `workloads.drifting_query_and_key`.
 DRIFT_TOKENS = 64
 JITTER = 0.25
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Lists:
-    """The block lists of a case, or of stretches of its tokens that stand for all.
+    """The block lists of a case, or of stretches of its tokens that stand for all. Two are equal if they are the same object.
 
     Attributes:
       case: sizes and options. Lists belong to a KV head or are shared by all heads.
@@ -50,7 +53,7 @@ class Lists:
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Query tiles, and their unions.
+    """Query tiles, and what they list.
 
     Attributes:
       tokens: int64 [tiles], tokens of each; the last of a sequence may have fewer.
@@ -69,53 +72,111 @@ class Tiles:
     visit_tokens: np.ndarray
 
 
+@functools.lru_cache(CACHED_COUNTS)
 def tiles_of(lists: Lists, tokens: int) -> Tiles:
     """Tiles of `tokens` successive tokens, with the query heads of one KV head."""
     case = lists.case
     visits = np.zeros((lists.ids.shape[0], lists.num_kv_blocks), np.int64)
     visit_tokens = np.zeros_like(visits)
     parts = []
-    for sequence, first_token, size, seen in unions(lists, tokens):
-        visits[sequence] += seen.sum(0)
-        visit_tokens[sequence] += size @ seen
-        last_position = first_token + size - 1 + case.kv_len - case.q_len if case.is_causal else case.kv_len - 1
-        visible = np.broadcast_to(np.clip(last_position + 1, 0, case.kv_len), size.shape)
-        parts.append((size, seen.sum(1), seen[:, -1], visible))
+    for runs in runs_of_tiles(lists, tokens, tokens):
+        union = runs.chosen.any(axis=1)
+        size = runs.size.sum(axis=1)
+        visits[runs.sequence] += union.sum(axis=0)
+        visit_tokens[runs.sequence] += size @ union
+        last = runs.first_position[:, 0] + size - 1 if case.is_causal else np.full_like(size, case.kv_len - 1)
+        parts.append((size, union.sum(axis=1), union[:, -1], np.clip(last + 1, 0, case.kv_len)))
     return Tiles(*map(np.concatenate, zip(*parts)), visits, visit_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """Pairs of a group of query tokens and a piece of a block, over all tiles.
+
+    Attributes:
+      partly: a token of the group chose the block, and causality shows it the piece's first key.
+      fully: all tokens of a group that is complete chose the block and see all keys of the piece.
+    """
+
+    partly: int
+    fully: int
+
+
+@functools.lru_cache(CACHED_COUNTS)
+def seen_by_groups(lists: Lists, tokens: int, group_tokens: int, keys: int, key_limit: int) -> Seen:
+    """What groups of `group_tokens` successive tokens of a tile see of pieces of `keys` keys that start before `key_limit`."""
+    case = lists.case
+    partly = fully = 0
+    for runs in runs_of_tiles(lists, tokens, group_tokens):
+        first = runs.first_position[..., None]
+        last = first + runs.size[..., None] - 1
+        if not case.is_causal:
+            first = last = np.full_like(first, case.kv_len - 1 + case.kv_block_size)
+        some = pieces_before(np.minimum(last, key_limit - 1) + keys, keys, runs, case)
+        whole = pieces_before(np.minimum(first, case.kv_len - 1) + 1, keys, runs, case)
+        groups = np.arange(0, some.shape[1], max(1, group_tokens // runs.run_tokens))
+        partly += int(np.maximum.reduceat(some, groups, axis=1).sum())
+        is_complete = np.add.reduceat(runs.size, groups, axis=1) == group_tokens
+        fully += int((np.minimum.reduceat(whole, groups, axis=1) * is_complete[..., None]).sum())
+    return Seen(partly, fully)
+
+
+def pieces_before(key: np.ndarray, keys: int, runs: "Runs", case: Case) -> np.ndarray:
+    """Pieces of each chosen block that end at or before `key` [tiles, runs, 1]: int32 [tiles, runs, num_kv_blocks]."""
+    start = np.arange(runs.chosen.shape[-1], dtype=np.int32) * case.kv_block_size
+    return np.where(runs.chosen, np.clip(key // keys - start // keys, 0, case.kv_block_size // keys), 0)
 
 
 def visible_pairs(lists: Lists) -> float:
     """(query, key) pairs of listed blocks that causality shows, over all batch rows and query heads."""
-    case, pairs = lists.case, 0
-    start = np.arange(lists.num_kv_blocks) * case.kv_block_size
-    for _, token, _, seen in unions(lists, 1):
-        end = np.minimum(token[:, None] + case.kv_len - case.q_len + 1, case.kv_len) if case.is_causal else case.kv_len
-        pairs += (np.clip(end - start, 0, case.kv_block_size) * seen).sum()
-    return float(pairs) * lists.coverage * lists.repeats * (case.num_q_heads // case.num_kv_heads)
+    case = lists.case
+    pairs = seen_by_groups(lists, 1, 1, 1, case.kv_len).partly
+    return pairs * lists.coverage * lists.repeats * (case.num_q_heads // case.num_kv_heads)
 
 
-def unions(lists: Lists, tokens: int) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
-    """By chunks of tiles: the sequence, each tile's first token and number of tokens, and bool [tiles, num_kv_blocks]."""
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """Tiles of one sequence, cut into runs of tokens that share a list.
+
+    Attributes:
+      run_tokens: of a run; at the end of a sequence it may have fewer, or none.
+      first_position: int32 [tiles, runs], of its first token.
+      size: int32 [tiles, runs], its tokens.
+      chosen: bool [tiles, runs, num_kv_blocks].
+    """
+
+    sequence: int
+    run_tokens: int
+    first_position: np.ndarray
+    size: np.ndarray
+    chosen: np.ndarray
+
+
+def runs_of_tiles(lists: Lists, tokens: int, group_tokens: int) -> Iterator[Runs]:
+    """Tiles of `tokens` tokens by chunks. Groups of `group_tokens` tokens, counted from a tile's start, have whole runs."""
     case = lists.case
     num_sequences, num_stretches, num_rows, num_slots = lists.ids.shape
     stretch_tokens = min(num_rows * case.q_block_size, case.q_len)
     if num_stretches > 1 and stretch_tokens % tokens:
         raise ValueError(f"`tokens` is {tokens}; it must divide the {stretch_tokens} tokens of a sample's stretch.")
+    run_tokens = math.gcd(tokens, case.q_block_size, group_tokens)
+    offsets = np.arange(0, tokens, run_tokens)
     tiles_per_stretch = -(-stretch_tokens // tokens)
-    # Tokens of a tile at which another list may start.
-    offsets = np.arange(0, tokens, math.gcd(tokens, case.q_block_size))
+    num_tiles = num_stretches * tiles_per_stretch
+    tiles_per_chunk = max(1, ELEMENTS_PER_CHUNK // (len(offsets) * lists.num_kv_blocks))
     for sequence in range(num_sequences):
-        for start in range(0, num_stretches * tiles_per_stretch, TILES_PER_CHUNK):
-            tile = np.arange(start, min(start + TILES_PER_CHUNK, num_stretches * tiles_per_stretch))
-            stretch, first = tile // tiles_per_stretch, tile % tiles_per_stretch * tokens
-            first_token = lists.first_row[stretch] * case.q_block_size + first
-            size = np.minimum(tokens, case.q_len - first_token)
-            row = np.minimum((first[:, None] + offsets) // case.q_block_size, num_rows - 1)
-            ids = lists.ids[sequence, stretch[:, None], row].astype(np.int64)  # [tiles, offsets, slots]
-            is_block = (ids >= 0) & (ids < lists.num_kv_blocks) & (offsets < size[:, None])[..., None]
-            seen = np.zeros((len(tile), lists.num_kv_blocks + 1), bool)
-            np.put_along_axis(seen, np.where(is_block, ids, lists.num_kv_blocks).reshape(len(tile), -1), True, axis=1)
-            yield sequence, first_token, size, seen[:, :-1]
+        for start in range(0, num_tiles, tiles_per_chunk):
+            tile = np.arange(start, min(start + tiles_per_chunk, num_tiles))
+            stretch = tile // tiles_per_stretch
+            first = (tile % tiles_per_stretch * tokens)[:, None] + offsets  # in the stretch
+            token = (lists.first_row[stretch][:, None] * case.q_block_size + first).astype(np.int32)
+            size = np.clip(case.q_len - token, 0, run_tokens)
+            row = np.minimum(first // case.q_block_size, num_rows - 1)
+            ids = lists.ids[sequence, stretch[:, None], row].astype(np.int64)  # [tiles, runs, slots]
+            is_block = (ids >= 0) & (ids < lists.num_kv_blocks) & (size > 0)[..., None]
+            chosen = np.zeros((*row.shape, lists.num_kv_blocks + 1), bool)
+            np.put_along_axis(chosen, np.where(is_block, ids, lists.num_kv_blocks), True, axis=2)
+            yield Runs(sequence, run_tokens, token + case.kv_len - case.q_len, size, chosen[..., :-1])
 
 
 def lists_of_case(case: Case) -> Lists:

@@ -196,7 +196,7 @@ def call_variant(target: str, dtype: str, head_dim: int, kv_block_size: int, **a
 @pytest.mark.parametrize("target", CALLS)
 def test_every_variant_of_the_table_runs(simulated_kernels, target):
     simulated_kernels.sparse_attn_variants.restype = ctypes.c_char_p
-    variants = json.loads(simulated_kernels.sparse_attn_variants())
+    variants = [v for v in json.loads(simulated_kernels.sparse_attn_variants()) if v["kernel"] == "attention"]
     keys = [(variant["arch"], variant["dtype"], variant["head_dim"]) for variant in variants]
     assert sorted(keys) == sorted((80, dtype, d) for dtype in ("bfloat16", "float16") for d in (64, 96, 128, 256))
     for variant, (arch, dtype, head_dim) in zip(variants, keys):

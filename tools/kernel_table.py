@@ -69,10 +69,10 @@ class Code:
     """One kernel for one architecture."""
 
     config: str  # sm80::ForwardConfig<BFloat16, 64, 16, 4>, which the kernel is a template over
-    kernel: str  # sm80::attention_forward
+    kernel: str  # sm80::attention_forward; without the folder, one of csrc/common
     arch: str
     threads: int
-    dynamic_shared_bytes: int
+    dynamic_shared_bytes: int | None  # None: each call says
     static_shared_bytes: int
     registers: int
     stack_bytes: int
@@ -81,7 +81,8 @@ class Code:
 
     @property
     def blocks(self) -> int:
-        shared_bytes = self.dynamic_shared_bytes + self.static_shared_bytes
+        """That a multiprocessor holds, where the calls' shared memory lets it."""
+        shared_bytes = (self.dynamic_shared_bytes or 0) + self.static_shared_bytes
         return MULTIPROCESSORS[self.arch].blocks_of(self.threads, self.registers, shared_bytes)
 
     @property
@@ -114,13 +115,13 @@ def nvcc_version() -> str:
 
 def read_code(extension: Path) -> list[Code]:
     """Every kernel of the extension, for every architecture that it was compiled for."""
-    launches = {_short(kernel["config"]): kernel for kernel in json.loads(load_extension(extension).kernels())}
+    launches = {short_name(kernel["config"]): kernel for kernel in json.loads(load_extension(extension).kernels())}
     resources = dict(_resources(extension))
     instructions = _instructions(extension)
     names = _demangled(sorted({symbol for _, symbol in resources}))
     all_code = []
     for (arch, symbol), found in resources.items():
-        kernel, config = re.match(r"void (\w+::\w+)<(.*)>\(", names[symbol]).groups()
+        kernel, config = re.match(r"void ([\w:]+)<(.*)>\(", names[symbol]).groups()
         launch = launches[config]
         all_code.append(
             Code(
@@ -139,7 +140,7 @@ def read_code(extension: Path) -> list[Code]:
     return sorted(all_code, key=lambda code: (code.kernel, _by_number(code.config), code.arch))
 
 
-def _short(name: str) -> str:
+def short_name(name: str) -> str:
     """A C++ name without the namespaces that all share, and without blanks between closing brackets."""
     return name.replace("sparse_attn::", "").replace("ptx::", "").replace("> >", ">>")
 
@@ -150,7 +151,7 @@ def _by_number(text: str) -> list:
 
 def _demangled(symbols: list[str]) -> dict[str, str]:
     shown = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True).stdout
-    return {symbol: _short(name) for symbol, name in zip(symbols, shown.splitlines(), strict=True)}
+    return {symbol: short_name(name) for symbol, name in zip(symbols, shown.splitlines(), strict=True)}
 
 
 def _lines(*command) -> Iterator[str]:
@@ -194,8 +195,8 @@ def table(all_code: list[Code], version: str) -> str:
         "# What nvcc makes of the kernels",
         "",
         "Registers of a thread, dynamic shared memory of a block, and how many blocks and warps a multiprocessor holds.",
-        "No kernel spills, uses local memory, or has static shared memory. `make kernel-table` writes this page, and a test",
-        "compares it with what the sources give.",
+        "Where each call says how much shared memory it needs, they are those that registers allow. No kernel spills, uses",
+        "local memory, or has static shared memory. `make kernel-table` writes this page; a test compares it with a build.",
         "",
         f"Compiled by nvcc {version}.",
         "",
@@ -207,7 +208,8 @@ def table(all_code: list[Code], version: str) -> str:
         rows[code.kernel, code.config][code.arch] = code
     for (kernel, config), by_arch in rows.items():
         first = next(iter(by_arch.values()))
-        cells = [kernel, f"`{config.split('::', 1)[1]}`", first.threads, first.dynamic_shared_bytes]
+        shared_bytes = "per call" if first.dynamic_shared_bytes is None else first.dynamic_shared_bytes
+        cells = [kernel, f"`{config.removeprefix(kernel.split('::')[0] + '::')}`", first.threads, shared_bytes]
         for arch in archs:
             code = by_arch.get(arch)
             cells += [code.registers, code.blocks, code.warps] if code else ["", "", ""]

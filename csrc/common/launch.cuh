@@ -14,6 +14,20 @@
 
 namespace sparse_attn {
 
+template <class Config>
+bool add_kernel_info() {
+  const std::unique_ptr<char, void (*)(void*)> name(
+      abi::__cxa_demangle(typeid(Config).name(), nullptr, nullptr, nullptr), std::free);
+  int shared_bytes = -1;
+  if constexpr (requires { Config::kSharedBytes; }) shared_bytes = Config::kSharedBytes;
+  kernel_infos().push_back({name.get(), Config::kThreads, shared_bytes});
+  return true;
+}
+
+// Adds to the list when the library is loaded.
+template <class Config>
+inline const bool kIsListed = add_kernel_info<Config>();
+
 struct Grid {
   std::int64_t x, y, z;  // blocks
 
@@ -26,7 +40,8 @@ struct Grid {
 // No allocation, no synchronisation: a launch may be captured into a CUDA graph.
 template <class Config, class Params>
 Status launch(void (*kernel)(Params), const Grid& grid, const Params& params,
-              const LaunchContext& context) {
+              const LaunchContext& context, std::uint32_t shared_bytes = Config::kSharedBytes) {
+  static_cast<void>(kIsListed<Config>);
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return {};
   if (grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535) {
     return "a grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " +
@@ -37,7 +52,7 @@ Status launch(void (*kernel)(Params), const Grid& grid, const Params& params,
 #if SPARSE_ATTN_HOST_SIM
   try {
     host_sim::launch(grid.as<host_sim::Dim3>(), {Config::kThreads},
-                     {.seed = context.seed, .shared_bytes = Config::kSharedBytes}, context.buffers,
+                     {.seed = context.seed, .shared_bytes = shared_bytes}, context.buffers,
                      [&] { kernel(params); });
   } catch (const host_sim::Error& error) {
     return error.what();
@@ -45,15 +60,15 @@ Status launch(void (*kernel)(Params), const Grid& grid, const Params& params,
 #else
   cudaError_t error = cudaSuccess;
   // What a block may have without asking.
-  if constexpr (Config::kSharedBytes > 48 * 1024) {
+  if (shared_bytes > 48 * 1024) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 Config::kSharedBytes);
+                                 static_cast<int>(shared_bytes));
   }
   if (error == cudaSuccess) {
     cudaLaunchConfig_t config{};
     config.gridDim = grid.as<dim3>();
     config.blockDim = {Config::kThreads};
-    config.dynamicSmemBytes = Config::kSharedBytes;
+    config.dynamicSmemBytes = shared_bytes;
     config.stream = context.stream;
     error = cudaLaunchKernelEx(&config, kernel, params);
   }
@@ -79,18 +94,6 @@ struct Sequence {
     };
     static_cast<void>((start.template operator()<Kernels>() && ...));
     return status;
-  }
-
-  static void list(std::vector<KernelInfo>& kernels) {
-    (kernels.push_back(info<typename Kernels::Config>()), ...);
-  }
-
- private:
-  template <class Config>
-  static KernelInfo info() {
-    const std::unique_ptr<char, void (*)(void*)> name(
-        abi::__cxa_demangle(typeid(Config).name(), nullptr, nullptr, nullptr), std::free);
-    return {name.get(), Config::kThreads, Config::kSharedBytes};
   }
 };
 

@@ -17,6 +17,8 @@
 #define SPARSE_ATTN_AT
 #define SPARSE_ATTN_ONLY_AT
 #define SPARSE_ATTN_HERE
+// Before a loop whose indices have to be known when it is compiled: registers have no addresses.
+#define SPARSE_ATTN_UNROLL _Pragma("unroll")
 #else
 #include <array>
 #include <bit>
@@ -24,9 +26,11 @@
 #include <source_location>
 
 #include "host_sim/cuda.h"
+#include "host_sim/floats.h"
 #define SPARSE_ATTN_ONLY_AT std::source_location location = std::source_location::current()
 #define SPARSE_ATTN_AT , SPARSE_ATTN_ONLY_AT
 #define SPARSE_ATTN_HERE , location
+#define SPARSE_ATTN_UNROLL
 #endif
 
 namespace sparse_attn::ptx {
@@ -100,6 +104,20 @@ __device__ __forceinline__ void store_shared(std::uint32_t to, T value SPARSE_AT
               sizeof(T));
 #else
   *reinterpret_cast<T*>(__cvta_shared_to_generic(to)) = value;
+#endif
+}
+
+// Sets bits of a word.
+__device__ __forceinline__ void atomic_or_shared(std::uint32_t to,
+                                                 std::uint32_t bits SPARSE_ATTN_AT) {
+#if SPARSE_ATTN_HOST_SIM
+  unsigned char* word = ::host_sim::at_shared(to, 4, ::host_sim::Access::kAtomic, location);
+  std::uint32_t value;
+  std::memcpy(&value, word, 4);
+  value |= bits;
+  std::memcpy(word, &value, 4);
+#else
+  asm volatile("red.shared.or.b32 [%0], %1;" ::"r"(to), "r"(bits) : "memory");
 #endif
 }
 
@@ -227,6 +245,40 @@ __device__ __forceinline__ float log2_approx(float x) {
 #endif
 }
 
+__device__ __forceinline__ std::uint32_t bits_of(float x) {
+#if SPARSE_ATTN_HOST_SIM
+  return std::bit_cast<std::uint32_t>(x);
+#else
+  return __float_as_uint(x);
+#endif
+}
+
+__device__ __forceinline__ float float_of(std::uint32_t bits) {
+#if SPARSE_ATTN_HOST_SIM
+  return std::bit_cast<float>(bits);
+#else
+  return __uint_as_float(bits);
+#endif
+}
+
+// How many bits are set.
+__device__ __forceinline__ int count_bits(std::uint32_t x) {
+#if SPARSE_ATTN_HOST_SIM
+  return std::popcount(x);
+#else
+  return __popc(x);
+#endif
+}
+
+// The index of the highest bit that is set; -1 for 0.
+__device__ __forceinline__ int highest_bit(std::uint32_t x) {
+#if SPARSE_ATTN_HOST_SIM
+  return 31 - std::countl_zero(x);
+#else
+  return 31 - __clz(static_cast<int>(x));
+#endif
+}
+
 // The two 16-bit floating types, by their bits.
 struct BFloat16 {
   std::uint16_t bits;
@@ -238,21 +290,18 @@ struct Float16 {
 #if SPARSE_ATTN_HOST_SIM
 namespace sim {
 
-inline float to_float(BFloat16 x) { return std::bit_cast<float>(std::uint32_t{x.bits} << 16); }
-inline float to_float(Float16 x) { return static_cast<float>(std::bit_cast<_Float16>(x.bits)); }
+inline float to_float(BFloat16 x) { return ::host_sim::float_of_bfloat16(x.bits); }
+inline float to_float(Float16 x) { return ::host_sim::float_of_float16(x.bits); }
 
 template <class T>
 T round_to(float x);
 template <>
 inline BFloat16 round_to<BFloat16>(float x) {
-  const auto bits = std::bit_cast<std::uint32_t>(x);
-  if (x != x) return {0x7fff};
-  return {static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >>
-                                     16)};  // to nearest, ties to even
+  return {::host_sim::bfloat16_of(x)};
 }
 template <>
 inline Float16 round_to<Float16>(float x) {
-  return {std::bit_cast<std::uint16_t>(static_cast<_Float16>(x))};
+  return {::host_sim::float16_of(x)};
 }
 
 }  // namespace sim

@@ -125,24 +125,24 @@ __device__ __forceinline__ void multiply_registers(Sums<kHeadDim>& sums, const S
   }
 }
 
-// How much of a chunk the 16 rows of a warp see, of which a lane has two. Rows that do not exist do
-// not count: what is computed for them is not stored.
+// What the 16 rows of a warp see of a chunk, of which a lane has two. kAll: each row sees all of
+// the keys or, where its `sees` is false, none.
 template <int kKeys>
 __device__ __forceinline__ Visible visible_of_chunk(const AttentionInputs& in, const Tile& tile,
                                                     const RowMask (&masks)[2], const int (&rows)[2],
-                                                    const bool (&is_chosen)[2],
-                                                    int first_key SPARSE_ATTN_AT) {
-  bool sees_some = false, sees_all = true;
+                                                    std::int64_t slot, int first_key,
+                                                    bool (&sees)[2] SPARSE_ATTN_AT) {
+  bool has_edge = false;
   SPARSE_ATTN_UNROLL
   for (int half = 0; half < 2; ++half) {
-    const Visible own = first_key < 0 || !is_chosen[half]
-                            ? Visible::kNone
-                            : masks[half].sees_keys(in, first_key, first_key + kKeys - 1);
-    sees_some = sees_some || own != Visible::kNone;
-    sees_all = sees_all && (own == Visible::kAll || rows[half] >= tile.num_rows);
+    const bool is_chosen = first_key >= 0 && chose(in.plan, tile, rows[half], slot);
+    const Visible own =
+        is_chosen ? masks[half].sees_keys(in, first_key, first_key + kKeys - 1) : Visible::kNone;
+    sees[half] = own != Visible::kNone;
+    has_edge = has_edge || own == Visible::kSome;
   }
-  if (ptx::ballot(sees_some SPARSE_ATTN_HERE) == 0) return Visible::kNone;
-  return ptx::ballot(sees_all SPARSE_ATTN_HERE) == ptx::kAllLanes ? Visible::kAll : Visible::kSome;
+  if (ptx::ballot(sees[0] || sees[1] SPARSE_ATTN_HERE) == 0) return Visible::kNone;
+  return ptx::ballot(has_edge SPARSE_ATTN_HERE) == 0 ? Visible::kAll : Visible::kSome;
 }
 
 // Which of the columns that a lane has are `wanted` by any row of the warp, as `multiply_registers`

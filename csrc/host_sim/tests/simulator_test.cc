@@ -167,6 +167,17 @@ TEST(global_readers_are_all_remembered) {
   }
 }
 
+TEST(global_readers_before_a_barrier_are_forgotten) {
+  std::vector<int> y(1, 0);
+  host_sim::launch({}, {64}, {}, {output(y)}, [&] {
+    for (int turn = 0; turn < 4; ++turn) {
+      if (thread() == 16 * turn) ptx::store_global(&y[0], ptx::load_global(&y[0]) + 1);
+      ptx::sync_threads();
+    }
+  });
+  CHECK(y[0] == 4);
+}
+
 TEST(bytes_are_counted) {
   const std::vector<float> x(64);
   std::vector<float> y(64);
@@ -259,15 +270,44 @@ TEST(write_after_read_needs_a_barrier) {
 
 TEST(accesses_of_whole_warps_need_a_barrier) {
   using host_sim::Races;
-  Races races(1, 16);
-  const auto access = [&](bool is_write, int lane) {
-    return races.access(0, 4, is_write, 0, lane, {}).has_value();
+  Races races(32, 16);
+  const Races::Threads warp{0, 32}, one{3, 1};
+  const auto access = [&](bool is_write, Races::Threads by) {
+    return races.access(0, 4, is_write, by, {}).has_value();
   };
-  CHECK(!access(true, Races::kAnyLane));
-  CHECK(access(false, Races::kAnyLane) && access(false, 3));
-  races.join_lanes(0);
-  CHECK(!access(false, Races::kAnyLane) && !access(false, 3));
-  CHECK(access(true, 3) && access(true, Races::kAnyLane));
+  CHECK(!access(true, warp));
+  CHECK(access(false, warp) && access(false, one));
+  races.join(warp);
+  CHECK(!access(false, warp) && !access(false, one));
+  CHECK(access(true, one) && access(true, warp));
+}
+
+TEST(atomic_operations_on_shared_memory_may_meet) {
+  run(64, 4, [] {
+    if (thread() == 0) ptx::store_shared<std::uint32_t>(0, 0);
+    ptx::sync_threads();
+    ptx::atomic_or_shared(0, 1u << (thread() % 8));
+    ptx::sync_threads();
+    CHECK(ptx::load_shared<std::uint32_t>(0) == 0xff);
+  });
+}
+
+TEST(atomic_operations_on_shared_memory_need_a_barrier) {
+  enum class Other { kReadAfter, kWriteAfter, kWriteBefore };
+  for (Other other : {Other::kReadAfter, Other::kWriteAfter, Other::kWriteBefore}) {
+    check_error("nothing orders", [=] {
+      run(32, 4, [=] {
+        if (thread() == 0) ptx::store_shared<std::uint32_t>(0, 0);
+        ptx::sync_threads();
+        if (thread() == 0 && other == Other::kWriteBefore) ptx::store_shared<std::uint32_t>(0, 1);
+        ptx::shuffle(0, 0);  // orders no memory accesses
+        if (thread() == 1) ptx::atomic_or_shared(0, 1);
+        ptx::shuffle(0, 0);
+        if (thread() == 0 && other == Other::kReadAfter) ptx::load_shared<std::uint32_t>(0);
+        if (thread() == 0 && other == Other::kWriteAfter) ptx::store_shared<std::uint32_t>(0, 1);
+      });
+    });
+  }
 }
 
 TEST(many_readers_are_all_remembered) {

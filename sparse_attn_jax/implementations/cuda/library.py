@@ -23,7 +23,10 @@ from sparse_attn_jax.problem import Problem
 
 ATTENTION_FORWARD = "sparse_attn_attention_forward"
 ATTENTION_BACKWARD = "sparse_attn_attention_backward"
-CUSTOM_CALL_TARGETS = (ATTENTION_FORWARD, ATTENTION_BACKWARD)
+SELECT_BLOCKS = "sparse_attn_select_blocks"
+PLAN_UNIONS = "sparse_attn_plan_unions"
+PLAN_INVERSE = "sparse_attn_plan_inverse"
+CUSTOM_CALL_TARGETS = (ATTENTION_FORWARD, ATTENTION_BACKWARD, SELECT_BLOCKS, PLAN_UNIONS, PLAN_INVERSE)
 
 # Environment variables.
 HOST_SIM = "SPARSE_ATTN_HOST_SIM"  # "1", or the path of a compiled simulator
@@ -117,4 +120,14 @@ def is_for(variant: Variant, problem: Problem) -> bool:
 def call_attributes(problem: Problem) -> dict[str, Any]:
     """The attributes that choose a compiled variant."""
     arch = next(variant.arch for variant in variants_for(problem) if is_for(variant, problem))
-    return dict(arch=np.int32(arch), seed=np.int64(os.environ.get(SEED, 0)))
+    return dict(arch=np.int32(arch), seed=seed())
+
+
+def seed() -> np.int64:
+    """The order in which a simulated grid runs."""
+    return np.int64(os.environ.get(SEED, 0))
+
+
+def register() -> None:
+    """Registers the custom calls, once per process, where a problem has no platform: for the simulator if it is asked for."""
+    load("cpu" if is_simulated() else "gpu")
