@@ -42,7 +42,7 @@ struct UnionMemory {
 // very many, counts the marks before each, which gives the slots, and then collects the bits of
 // each row group.
 template <class Config>
-__global__ void __launch_bounds__(Config::kThreads, 1)
+__global__ void __launch_bounds__(Config::kThreads, 8)
     plan_unions(const __grid_constant__ UnionParams p) {
   const int thread = static_cast<int>(threadIdx.x), lane = ptx::lane_index();
   const std::int64_t row = static_cast<std::int64_t>(blockIdx.z) * p.heads + blockIdx.y;
