@@ -258,7 +258,8 @@ def make_problem(query, kv_len, **options):
         scale=None, kv_len=kv_len, is_causal=True, block_size=64, kernel_size=32, kernel_stride=16, coarse_kernel_size=128,
         coarse_kernel_stride=64, pooling="max", group_reduction="sum", top_k=5, num_sink_blocks=1, num_local_blocks=2,
     )  # fmt: skip
-    return scoring_problem(query, **(defaults | options))
+    units = jnp.zeros((1, 0, query.shape[2], query.shape[3]), query.dtype)
+    return scoring_problem(query, units, **(defaults | options))
 
 
 def select_unfused(query, units, coarse, q_offset, problem):

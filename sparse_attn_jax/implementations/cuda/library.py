@@ -20,6 +20,7 @@ import numpy as np
 
 from sparse_attn_jax.implementations.cuda import host_sim
 from sparse_attn_jax.problem import Problem
+from sparse_attn_jax.scoring_problem import ScoringProblem
 
 ATTENTION_FORWARD = "sparse_attn_attention_forward"
 ATTENTION_BACKWARD = "sparse_attn_attention_backward"
@@ -95,7 +96,7 @@ def _read_variants(text: str) -> tuple[Variant, ...]:
     return tuple(Variant(**entry | dict(kv_block_sizes=tuple(entry["kv_block_sizes"]))) for entry in json.loads(text))
 
 
-def architectures(problem: Problem) -> tuple[int, ...]:
+def architectures(problem: Problem | ScoringProblem) -> tuple[int, ...]:
     """The kernels that may run on the problem's device, the fastest first."""
     able = ARCHITECTURES["9.0"] if problem.platform == "cpu" else ARCHITECTURES.get(problem.compute_capability, ())
     return tuple(arch for arch in able if asked_for() in ("", f"sm{arch}"))
@@ -106,15 +107,21 @@ def asked_for() -> str:
     return os.environ.get(ARCH, "")
 
 
-def variants_for(problem: Problem) -> list[Variant]:
-    """The compiled attention kernels that run on the problem's device, the fastest first."""
+def variants_for(problem: Problem | ScoringProblem) -> list[Variant]:
+    """The compiled kernels for this kind of problem that run on its device, the fastest first."""
+    kernel = "attention" if isinstance(problem, Problem) else "selection"
     variants = load(problem.platform)
-    return [v for arch in architectures(problem) for v in variants if v.kernel == "attention" and v.arch == arch]
+    return [v for arch in architectures(problem) for v in variants if v.kernel == kernel and v.arch == arch]
 
 
-def is_for(variant: Variant, problem: Problem) -> bool:
+def values_of(variant: Variant, field: str) -> tuple:
+    """The values that a variant takes for a field of a problem."""
+    return variant.kv_block_sizes if field == "kv_block_size" else (getattr(variant, field),)
+
+
+def is_for(variant: Variant, problem: Problem | ScoringProblem) -> bool:
     sizes = (variant.dtype, variant.head_dim) == (problem.dtype, problem.head_dim)
-    return sizes and problem.kv_block_size in variant.kv_block_sizes
+    return sizes and (isinstance(problem, ScoringProblem) or problem.kv_block_size in variant.kv_block_sizes)
 
 
 def call_attributes(problem: Problem) -> dict[str, Any]:
