@@ -248,7 +248,8 @@ def test_document_has_the_present_check():
 
 def test_every_predicted_column_says_so():
     """Columns of times and speeds are predicted, published or goals, and never two of these."""
-    headers = re.findall(r"^(\|.*\|)\n\| *-", DOCUMENT, flags=re.MULTILINE)
+    tables = DOCUMENT.split(roofline.BEGIN)[1]
+    headers = re.findall(r"^(\|.*\|)\n\| *-", tables, flags=re.MULTILINE)
     assert len(headers) >= 11
     for header in headers:
         for column in header.strip("|").split("|"):
