@@ -163,7 +163,7 @@ def test_sample_stands_for_all_tokens(make, tokens, whole_and_sample):
     assert sample.coverage == 4
     schedule = make(SAMPLED, tokens)
     expected, found = (vars(schedules.work_of(schedule, lists, l2_capacity=2**22)) for lists in (whole, sample))
-    for name in ("ctas", "owned", "pieces", "items", "steps", "full_steps", "missed"):
+    for name in ("ctas", "owned", "pieces", "items", "steps", "edge_steps", "missed"):
         assert found[name] == pytest.approx(expected[name], rel=0.02), name
 
 
@@ -231,7 +231,7 @@ def test_keys_that_l2_cannot_keep_come_from_hbm():
 
 
 def test_sixteen_tokens_do_not_fit():
-    """512 threads of 171 registers are more than an SM has."""
+    """512 threads of 168 registers are more than an SM has."""
     case = TOKEN_CASES["32k"]
     lists = sample_lists(case, "random")
     assert predict(schedules.sm80_forward(case, 16), lists, A100) is None
