@@ -96,7 +96,7 @@ def score_blocks(
       coarse_kernel_size: tokens per coarse unit.
       coarse_kernel_stride: tokens between the starts of neighbouring coarse units.
       scale: multiplies the dot products. `None` is head_dim ** -0.5.
-      implementation: `None` or `"xla"`.
+      implementation: `None`, or "xla" or a sequence with it: no other implementation gives scores away.
 
     Returns:
       float32 [batch, num_kv_heads, q_len, num_kv_blocks] (num_q_heads without a group reduction). A block without a visible
@@ -123,7 +123,7 @@ def score_blocks(
         scale=scale,
     )
     _check_unit_arrays({"compressed_key": compressed_key, "coarse_key": coarse_key}, problem)
-    if dispatch.requested_names(implementation) != ("xla",) and implementation is not None:
+    if "xla" not in dispatch.requested_names(implementation):
         raise NotImplementedError(
             f"`implementation` is {implementation!r}; scores are computed by 'xla' alone. Kernels fuse them with the selection."
         )

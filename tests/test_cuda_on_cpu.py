@@ -17,6 +17,8 @@ from sparse_attn_jax.testing import compare
 from sparse_attn_jax.testing.cases import CASES, Case, case_named
 from sparse_attn_jax.testing.inputs import Inputs, make_inputs
 
+pytestmark = pytest.mark.kernels
+
 
 @pytest.fixture(autouse=True)
 def always_on_cpu(cuda_on_cpu):

@@ -53,8 +53,8 @@ __global__ void __launch_bounds__(Config::kThreads)
   const auto row_of = [&](int row) -> std::int64_t {
     return row < tile.num_rows ? tile.row_offset(in.shape, row) : -1;
   };
-  copy_rows<kHeadDim, Config::kThreads>(query, in.query, Config::kRows, row_of);
-  copy_rows<kHeadDim, Config::kThreads>(d_out, p.d_out, Config::kRows, row_of);
+  copy_rows<kHeadDim, Config::kThreads, Config::kRows>({{in.query, query}, {p.d_out, d_out}},
+                                                       row_of);
   ring.fetch(0);
 
   Sums<kHeadDim> d_query = {};
@@ -207,9 +207,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     const auto row_of = [&](int row) -> std::int64_t {
       return exists && row < tile.num_rows ? tile.row_offset(in.shape, row) : -1;
     };
-    copy_rows<kHeadDim, Config::kThreads>(stage, in.query, Config::kRows, row_of);
-    copy_rows<kHeadDim, Config::kThreads>(stage + Config::kTileBytes, p.d_out, Config::kRows,
-                                          row_of);
+    copy_rows<kHeadDim, Config::kThreads, Config::kRows>(
+        {{in.query, stage}, {p.d_out, stage + Config::kTileBytes}}, row_of);
     for (int row = static_cast<int>(threadIdx.x); row < Config::kRows; row += Config::kThreads) {
       TableRow table_row{RowMask(), 0, 0};
       if (row_of(row) >= 0) {
@@ -227,8 +226,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     if (first_key + i >= in.shape.kv_len) return -1;
     return key_row(in.shape, batch % in.shape.key_batch, kv_head, first_key + i);
   };
-  copy_rows<kHeadDim, Config::kThreads>(key, in.key, kKeys, key_row_of);
-  copy_rows<kHeadDim, Config::kThreads>(value, in.value, kKeys, key_row_of);
+  copy_rows<kHeadDim, Config::kThreads, kKeys>({{in.key, key}, {in.value, value}}, key_row_of);
   if (Config::kStages > 1 && num_steps > 0) fetch(0);
   ptx::copy_commit();
 

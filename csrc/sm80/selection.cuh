@@ -107,13 +107,12 @@ class UnitRing {
   __device__ std::uint32_t address() const { return base_ + stage_ * Config::kChunkBytes; }
   __device__ void fetch() {
     if (first_ >= end_) return;
-    const auto row_of = [&](int i) -> std::int64_t {
-      const int unit = first_ + i;
-      if (unit >= end_) return -1;
-      const std::int64_t batch = tile_.batch % p_.unit_batch;
-      return (batch * units_->count + unit) * p_.num_kv_heads + tile_.kv_head;
-    };
-    copy_rows<Config::kHeadDim, Config::kThreads>(address(), units_->keys, Config::kUnits, row_of);
+    const std::int64_t batch = tile_.batch % p_.unit_batch, stride = p_.num_kv_heads;
+    const std::int64_t first_row = (batch * units_->count + first_) * stride + tile_.kv_head;
+    const int count = end_ - first_;
+    copy_rows<Config::kHeadDim, Config::kThreads, Config::kUnits>(
+        {{units_->keys, address()}},
+        [&](int i) -> std::int64_t { return i < count ? first_row + i * stride : -1; });
     ptx::copy_commit();
   }
 
@@ -170,8 +169,8 @@ __global__ void __launch_bounds__(Config::kThreads, 2)
     return rows.slot(row) < tile.num_tokens && rows.head(row) < tile.group_size;
   };
 
-  copy_rows<Config::kHeadDim, Config::kThreads>(
-      base + memory.query, p.query, kRows, [&](int row) -> std::int64_t {
+  copy_rows<Config::kHeadDim, Config::kThreads, kRows>(
+      {{p.query, base + memory.query}}, [&](int row) -> std::int64_t {
         return is_row(row) ? tile.query_row(p, rows.slot(row), rows.head(row)) : -1;
       });
   ptx::copy_commit();
