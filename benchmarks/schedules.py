@@ -103,11 +103,11 @@ class Instructions:
 
 # Of D=128 and chunks of 64 keys, by nvcc of CUDA 13.0 for sm_80: registers from ptxas -v, instructions counted in the listing
 # (cuobjdump -sass) of sources from which the soft cap and the branch for steps with an edge were taken out.
-REGISTERS = dict(forward=168, query_gradient=240, key_gradient=244)
+REGISTERS = dict(forward=176, query_gradient=240, key_gradient=241)
 INSTRUCTIONS = dict(
-    forward=Instructions(step=920, piece=480, copy=72),
-    query_gradient=Instructions(step=890, piece=480, copy=72),
-    key_gradient=Instructions(step=565, piece=980, copy=72),
+    forward=Instructions(step=920, piece=480, copy=14),
+    query_gradient=Instructions(step=890, piece=480, copy=14),
+    key_gradient=Instructions(step=565, piece=980, copy=40),
 )
 
 

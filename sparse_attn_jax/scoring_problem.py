@@ -43,6 +43,10 @@ class ScoringProblem:
     num_sink_blocks: int
     num_local_blocks: int
 
+    @property
+    def group_size(self) -> int:
+        return self.num_q_heads // self.num_kv_heads
+
 
 def absolute_positions(q_offset: int | jax.Array | None, q_len: int, kv_len: int) -> jax.Array:
     """The position of each query among the keys, int32 [batch or 1, q_len]; a `q_offset` of `None` is kv_len - q_len."""
