@@ -24,6 +24,7 @@
 #include <source_location>
 
 #include "host_sim/cuda.h"
+#include "host_sim/floats.h"
 #define SPARSE_ATTN_ONLY_AT std::source_location location = std::source_location::current()
 #define SPARSE_ATTN_AT , SPARSE_ATTN_ONLY_AT
 #define SPARSE_ATTN_HERE , location
@@ -238,21 +239,18 @@ struct Float16 {
 #if SPARSE_ATTN_HOST_SIM
 namespace sim {
 
-inline float to_float(BFloat16 x) { return std::bit_cast<float>(std::uint32_t{x.bits} << 16); }
-inline float to_float(Float16 x) { return static_cast<float>(std::bit_cast<_Float16>(x.bits)); }
+inline float to_float(BFloat16 x) { return ::host_sim::float_of_bfloat16(x.bits); }
+inline float to_float(Float16 x) { return ::host_sim::float_of_float16(x.bits); }
 
 template <class T>
 T round_to(float x);
 template <>
 inline BFloat16 round_to<BFloat16>(float x) {
-  const auto bits = std::bit_cast<std::uint32_t>(x);
-  if (x != x) return {0x7fff};
-  return {static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >>
-                                     16)};  // to nearest, ties to even
+  return {::host_sim::bfloat16_of(x)};
 }
 template <>
 inline Float16 round_to<Float16>(float x) {
-  return {std::bit_cast<std::uint16_t>(static_cast<_Float16>(x))};
+  return {::host_sim::float16_of(x)};
 }
 
 }  // namespace sim

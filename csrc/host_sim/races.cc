@@ -1,72 +1,238 @@
 #include "host_sim/races.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace host_sim {
 
-Races::Races(int num_warps, std::size_t bytes)
-    : num_warps_(num_warps),
-      writes_((bytes + kWordBytes - 1) / kWordBytes),
-      reads_(writes_.size() * num_warps),
-      clocks_(num_warps),
-      lane_epochs_(num_warps, 1) {
-  for (int warp = 0; warp < num_warps; ++warp) {
-    clocks_[warp].fill(0);
-    clocks_[warp][warp] = 1;
+namespace {
+
+// Four numbers at a time, whatever the compiler is asked to optimise.
+using Times = Races::Time __attribute__((vector_size(16), aligned(4), may_alias));
+
+void take_larger(Races::Time* into, const Races::Time* from, std::size_t count) {
+  std::size_t i = 0;
+  for (; i + 4 <= count; i += 4) {
+    auto& a = *reinterpret_cast<Times*>(into + i);
+    const Times b = *reinterpret_cast<const Times*>(from + i);
+    a = a > b ? a : b;
   }
+  for (; i < count; ++i) into[i] = std::max(into[i], from[i]);
 }
 
-bool Races::is_ordered(const Stamp& earlier, int warp, int lane) const {
-  if (earlier.clock == 0) return true;
-  if (earlier.warp == warp) {
-    return (earlier.lane == lane && lane != kAnyLane) || earlier.lane_epoch < lane_epochs_[warp];
-  }
-  return earlier.clock <= clocks_[warp][earlier.warp];
+}  // namespace
+
+Races::Races(int num_threads, std::size_t bytes)
+    : num_threads_(num_threads),
+      stride_(num_threads + kMostAsyncActors),
+      num_actors_(num_threads),
+      known_(num_threads * stride_),
+      fences_(num_threads),
+      accesses_(1),
+      last_(stride_),
+      readers_(1),
+      granules_((bytes + kGranuleWords * kWordBytes - 1) / (kGranuleWords * kWordBytes)) {}
+
+int Races::add_actor(std::string name) {
+  if (num_actors_ == num_threads_ + kMostAsyncActors)
+    throw Error("too many mbarriers and threads that store tensors");
+  names_.push_back(std::move(name));
+  return num_actors_++;
 }
 
-std::optional<std::string> Races::access(std::uint32_t address, std::size_t bytes, bool is_write,
-                                         int warp, int lane, Location location) {
-  const Stamp now{clocks_[warp][warp], lane_epochs_[warp], static_cast<std::int16_t>(lane),
-                  static_cast<std::int16_t>(warp), location};
-  const auto describe = [&](const Stamp& earlier, const char* what) {
-    const std::string who =
-        earlier.lane == kAnyLane
-            ? "warp " + std::to_string(earlier.warp)
-            : "thread " + std::to_string(earlier.warp * kWarpSize + earlier.lane);
-    return std::string("nothing orders this ") + (is_write ? "write" : "read") +
-           " of shared address " + std::to_string(address) + " after the " + what + " by " + who +
-           " at " + earlier.location.file + ":" + std::to_string(earlier.location.line);
-  };
-  for (std::size_t word = address / kWordBytes; word * kWordBytes < address + bytes; ++word) {
-    if (!is_ordered(writes_[word], warp, lane)) return describe(writes_[word], "write");
-    Stamp* reads = &reads_[word * num_warps_];
-    if (is_write) {
-      for (int other = 0; other < num_warps_; ++other) {
-        if (!is_ordered(reads[other], warp, lane)) return describe(reads[other], "read");
+Races::Id Races::add_access(Threads by, bool is_async, Location location) {
+  Id& last = last_[by.first];
+  const Access& same = accesses_[last];
+  if (last == 0 || same.time != now_ || same.by.count != by.count || same.is_async != is_async ||
+      same.location.line != location.line || same.location.file != location.file) {
+    last = static_cast<Id>(accesses_.size());
+    accesses_.push_back({by, now_, is_async, location});
+  }
+  return last;
+}
+
+bool Races::is_ordered(const Access& earlier, Threads by) const {
+  for (int thread = by.first; thread < by.first + by.count; ++thread) {
+    for (int actor = earlier.by.first; actor < earlier.by.first + earlier.by.count; ++actor) {
+      if (!knows(thread, actor, earlier.time)) return false;
+    }
+  }
+  return true;
+}
+
+bool Races::is_visible(const Access& earlier, Threads by) const {
+  if (earlier.is_async) return true;
+  for (int writer = earlier.by.first; writer < earlier.by.first + earlier.by.count; ++writer) {
+    const auto& fences = fences_[writer];
+    const auto fence = std::lower_bound(fences.begin(), fences.end(), earlier.time);
+    if (fence == fences.end()) return false;
+    for (int thread = by.first; thread < by.first + by.count; ++thread) {
+      if (!knows(thread, writer, *fence)) return false;
+    }
+  }
+  return true;
+}
+
+std::string Races::describe(const Access& earlier) const {
+  const std::string who = earlier.is_async ? names_[earlier.by.first - num_threads_]
+                          : earlier.by.count > 1
+                              ? "warp " + std::to_string(earlier.by.first / kWarpSize)
+                              : "thread " + std::to_string(earlier.by.first);
+  return "by " + who + " at " + earlier.location.file + ":" + std::to_string(earlier.location.line);
+}
+
+// What is wrong, up to the earlier access's place.
+std::optional<std::string> Races::check_word(const Word& word, Check& check) {
+  if (word.write != 0 && word.write != check.seen_write) {
+    Access& earlier = accesses_[word.write];
+    if (earlier.time > check.started)
+      return "before the write, later than the first warp's start, " + describe(earlier);
+    const std::uint32_t warp = check.by.count == kWarpSize ? 1u << check.by.first / kWarpSize : 0;
+    const std::uint8_t warpgroup =
+        check.is_async && check.by.count > 1
+            ? static_cast<std::uint8_t>(1u << check.by.first / check.by.count)
+            : 0;
+    if (!(earlier.ordered_warps & warp) && !(earlier.visible_warpgroups & warpgroup)) {
+      if (!is_ordered(earlier, check.by)) return "after the write " + describe(earlier);
+      if (check.is_async && !is_visible(earlier, check.by))
+        return "as seen by asynchronous operations, after the write without fence_async_proxy " +
+               describe(earlier);
+      earlier.ordered_warps |= warp;
+      earlier.visible_warpgroups |= warpgroup;
+    }
+    check.seen_write = word.write;
+  }
+  if (check.action == Action::kRead) return std::nullopt;
+  for (Id reader = word.readers; reader != 0; reader = readers_[reader].next) {
+    const Id access = readers_[reader].access;
+    if (access == check.seen_reader) continue;
+    if (!is_ordered(accesses_[access], check.by))
+      return "after the read " + describe(accesses_[access]);
+    check.seen_reader = access;
+  }
+  return std::nullopt;
+}
+
+void Races::note(Word& word, const Check& check, Id access) {
+  if (check.action == Action::kOverwrite) return;
+  if (check.action == Action::kWrite) {
+    word = {access, 0};
+    return;
+  }
+  if (word.readers != 0 && readers_[word.readers].access == access) return;
+  std::uint32_t length = word.readers == 0 ? 0 : readers_[word.readers].length;
+  if (length >= 8 && (length & (length - 1)) == 0) {
+    // Readers that come before this one need not be remembered.
+    std::vector<Id> kept;
+    for (Id reader = word.readers; reader != 0; reader = readers_[reader].next) {
+      if (!is_ordered(accesses_[readers_[reader].access], check.by))
+        kept.push_back(readers_[reader].access);
+    }
+    word.readers = 0;
+    length = 0;
+    for (Id reader : kept) {
+      readers_.push_back({reader, word.readers, ++length});
+      word.readers = static_cast<Id>(readers_.size() - 1);
+    }
+  }
+  readers_.push_back({access, word.readers, length + 1});
+  word.readers = static_cast<Id>(readers_.size() - 1);
+}
+
+std::optional<std::string> Races::check_and_note(std::uint32_t address, std::size_t bytes,
+                                                 Check check, Id access) {
+  const std::size_t end = (address + bytes + kWordBytes - 1) / kWordBytes;
+  for (std::size_t word = address / kWordBytes; word < end;) {
+    Word& granule = granules_[word / kGranuleWords];
+    const bool is_whole = word % kGranuleWords == 0 && end - word >= kGranuleWords;
+    if (is_whole && !(granule.write & kIsSplit)) {
+      if (auto wrong = check_word(granule, check)) return wrong;
+      note(granule, check, access);
+      word += kGranuleWords;
+      continue;
+    }
+    if (!(granule.write & kIsSplit)) {
+      Split split;
+      split.fill(granule);
+      if (free_splits_.empty()) {
+        free_splits_.push_back(static_cast<Id>(splits_.size()));
+        splits_.emplace_back();
       }
-      writes_[word] = now;
-    } else {
-      Stamp& own = reads[warp];
-      const bool is_shared =
-          own.clock != 0 && own.lane_epoch == now.lane_epoch && own.lane != now.lane;
-      own = now;
-      if (is_shared) own.lane = kAnyLane;
+      splits_[free_splits_.back()] = split;
+      granule.write = kIsSplit | free_splits_.back();
+      free_splits_.pop_back();
+    }
+    const Id index = granule.write & ~kIsSplit;
+    const std::size_t stop = std::min(end, word / kGranuleWords * kGranuleWords + kGranuleWords);
+    for (; word < stop; ++word) {
+      Word& part = splits_[index][word % kGranuleWords];
+      if (auto wrong = check_word(part, check)) return wrong;
+      note(part, check, access);
+    }
+    if (is_whole && check.action == Action::kWrite) {
+      granule = {access, 0};
+      free_splits_.push_back(index);
     }
   }
   return std::nullopt;
 }
 
-void Races::join_lanes(int warp) { ++lane_epochs_[warp]; }
-
-void Races::release(int warp, Clock& into) {
-  for (int other = 0; other < num_warps_; ++other)
-    into[other] = std::max(into[other], clocks_[warp][other]);
-  ++clocks_[warp][warp];  // what comes now is not covered
+std::optional<std::string> Races::access(std::uint32_t address, std::size_t bytes, bool is_write,
+                                         Threads by, Location location) {
+  const Check check{by, false, is_write ? Action::kWrite : Action::kRead,
+                    std::numeric_limits<Time>::max()};
+  const auto wrong = check_and_note(address, bytes, check, add_access(by, false, location));
+  if (!wrong) return std::nullopt;
+  return std::string("nothing orders this ") + (is_write ? "write" : "read") +
+         " of shared address " + std::to_string(address) + " " + *wrong;
 }
 
-void Races::acquire(int warp, const Clock& from) {
-  for (int other = 0; other < num_warps_; ++other)
-    clocks_[warp][other] = std::max(clocks_[warp][other], from[other]);
+std::optional<std::string> Races::access_async(std::uint32_t address, std::size_t bytes,
+                                               Action action, Threads by, int actor,
+                                               Location location, Time started) {
+  const Id access = action == Action::kRead ? add_access({actor, 1}, true, location) : 0;
+  const auto wrong = check_and_note(address, bytes, {by, true, action, started}, access);
+  if (!wrong) return std::nullopt;
+  return std::string("nothing orders this ") + (action == Action::kRead ? "read" : "write") +
+         " of shared address " + std::to_string(address) + " " + *wrong;
+}
+
+void Races::write_async(std::uint32_t address, std::size_t bytes, int actor, Location location) {
+  const Id access = add_access({actor, 1}, true, location);
+  // Nobody is in the way: that was found when the operation started.
+  for (std::size_t word = address / kWordBytes; word * kWordBytes < address + bytes;
+       word += kGranuleWords) {
+    Word& granule = granules_[word / kGranuleWords];
+    if (granule.write & kIsSplit) free_splits_.push_back(granule.write & ~kIsSplit);
+    granule = {access, 0};
+  }
+}
+
+void Races::observe(int thread, int actor, Time time) {
+  Time& known = known_[thread * stride_ + actor];
+  known = std::max(known, time);
+}
+
+void Races::release(int thread, Clock& into) const {
+  if (into.size() < static_cast<std::size_t>(num_actors_)) into.resize(num_actors_);
+  take_larger(into.data(), &known_[thread * stride_], num_actors_);
+  into[thread] = now_;
+}
+
+void Races::acquire(int thread, const Clock& from) {
+  take_larger(&known_[thread * stride_], from.data(), from.size());
+}
+
+void Races::join(Threads threads) {
+  Clock all;
+  for (int i = 0; i < threads.count; ++i) release(threads.first + i, all);
+  for (int i = 0; i < threads.count; ++i) acquire(threads.first + i, all);
+  tick();
+}
+
+void Races::fence(int thread) {
+  fences_[thread].push_back(now_);
+  tick();
 }
 
 }  // namespace host_sim

@@ -2,17 +2,16 @@
 
 #include <algorithm>
 #include <cstring>
-#include <deque>
 #include <exception>
 #include <map>
 #include <optional>
 #include <utility>
 
+#include "host_sim/cta.h"
 #include "host_sim/fiber.h"
 #include "host_sim/races.h"
 
 namespace host_sim {
-namespace {
 
 std::string text(Location location) {
   return std::string(location.file) + ":" + std::to_string(location.line);
@@ -22,140 +21,20 @@ std::string text(const Dim3& x) {
   return "(" + std::to_string(x.x) + ", " + std::to_string(x.y) + ", " + std::to_string(x.z) + ")";
 }
 
-class Random {
- public:
-  explicit Random(std::uint64_t seed)
-      : state_(seed * 0x9e3779b97f4a7c15ull + 0x2545f4914f6cdd1dull) {}
-  std::size_t below(std::size_t n) {  // xorshift64*
-    state_ ^= state_ >> 12;
-    state_ ^= state_ << 25;
-    state_ ^= state_ >> 27;
-    return static_cast<std::size_t>((state_ * 0x2545f4914f6cdd1dull >> 33) % n);
-  }
-
- private:
-  std::uint64_t state_;
-};
-
-struct AsyncCopy {
-  std::uint32_t to;
-  const void* from;  // null: zeros
-  std::size_t bytes;
-  Location location;
-};
-
-struct Thread {
-  int id = 0;
-  Dim3 index;
-  bool is_done = false;
-  const char* waits_for = nullptr;
-  Location waits_at;
-  std::vector<AsyncCopy> open_copies;
-  std::deque<std::vector<AsyncCopy>> copy_groups;  // committed, oldest first
-
-  int warp() const { return id / kWarpSize; }
-  int lane() const { return id % kWarpSize; }
-};
-
-// Lanes that wait for each other.
-struct Meeting {
-  std::uint32_t mask = 0;
-  std::uint32_t arrived = 0;
-  const char* operation = nullptr;
-  Location location;
-  std::array<void*, kWarpSize> slots{};
-};
-
-struct Barrier {
-  int expected = 0;  // threads; 0: nobody is here
-  int arrived = 0;
-  Races::Clock clock{};
-  std::vector<int> waiting_warps;    // that take over the clock
-  std::vector<int> waiting_threads;  // that sleep
-  std::uint64_t generation = 0;      // times it has been complete
-
-  void reset() {
-    expected = arrived = 0;
-    clock.fill(0);
-    waiting_warps.clear();
-    waiting_threads.clear();
-    ++generation;
-  }
-};
-
-// What a word of a writable buffer has seen.
-struct GlobalWord {
-  static constexpr std::size_t kBytes = 2;
-  static constexpr std::uint32_t kMany = 0xffffffff;
-  struct Stamp {
-    std::uint32_t who = 0;  // CTA * kMaxThreads + thread + 1
-    std::uint32_t epoch = 0;
-    bool is_atomic = false;
-  };
-  Stamp write, read;
-};
-
-struct TrackedBuffer {
-  Buffer buffer;
-  std::vector<GlobalWord> words;  // of writable buffers
-  std::uintptr_t begin() const { return reinterpret_cast<std::uintptr_t>(buffer.begin); }
-};
-
-struct Grid {
-  Dim3 shape, block;
-  Settings settings;
-  std::vector<TrackedBuffer> buffers;  // by address
-  Counters counters;
-  Random random{0};
-  const std::function<void()>* kernel = nullptr;
-};
-
-class Cta {
- public:
-  Cta(Grid& grid, std::vector<std::unique_ptr<Fiber>>& fibers, Dim3 index, std::uint32_t number)
-      : grid(grid),
-        index(index),
-        number(number),
-        threads(grid.block.x * grid.block.y * grid.block.z),
-        shared(grid.settings.shared_bytes, kPoison),
-        landing(grid.settings.shared_bytes, -1),
-        races(num_warps(), grid.settings.shared_bytes),
-        meetings(num_warps()),
-        fibers_(fibers) {}
-
-  int num_warps() const { return (static_cast<int>(threads.size()) + kWarpSize - 1) / kWarpSize; }
-
-  void run();
-  void wait(const char* what, Location location);
-  void wake(int thread) { ready_.push_back(thread); }
-  Thread& thread() { return threads[running_]; }
-
-  Grid& grid;
-  const Dim3 index;
-  const std::uint32_t number;
-  std::vector<Thread> threads;
-  std::vector<unsigned char> shared;
-  std::vector<std::int16_t> landing;  // by byte: the thread whose copy has not landed, or -1
-  Races races;
-  std::vector<std::vector<Meeting>> meetings;  // by warp
-  std::array<Barrier, kNumBarriers> barriers;
-  std::uint32_t epoch = 1;  // advanced by each barrier of all threads
-
- private:
-  static void enter(void* cta);
-  [[noreturn]] void report_deadlock();
-
-  std::vector<std::unique_ptr<Fiber>>& fibers_;
-  std::vector<int> ready_;
-  int running_ = -1;
-  std::exception_ptr error_;
-};
+namespace {
 
 thread_local Cta* current = nullptr;
+
+}  // namespace
 
 Cta& cta() {
   if (current == nullptr) throw Error("a device function was called outside of a kernel");
   return *current;
+}
+
+Races::Threads Cta::lanes(int warp) const {
+  const int first = warp * kWarpSize;
+  return {first, std::min(kWarpSize, static_cast<int>(threads.size()) - first)};
 }
 
 void Cta::enter(void* argument) {
@@ -168,6 +47,8 @@ void Cta::enter(void* argument) {
       if (!group.empty())
         fail(group.front().location, "the thread ends before this copy has landed");
     }
+    check_copies_at_end(self, thread);
+    check_warpgroups_at_end(self, thread);
   } catch (...) {
     self.error_ = std::current_exception();
   }
@@ -186,33 +67,74 @@ void Cta::run() {
     wake(id);
   }
   current = this;
-  while (!ready_.empty() && !error_) {
-    std::swap(ready_[grid.random.below(ready_.size())], ready_.back());
-    running_ = ready_.back();
-    ready_.pop_back();
-    fibers_[running_]->resume();
+  while (!(ready_.empty() && events_.empty()) && !error_) {
+    const std::size_t next = grid.random.below(ready_.size() + events_.size());
+    if (next < ready_.size()) {
+      std::swap(ready_[next], ready_.back());
+      running_ = ready_.back();
+      ready_.pop_back();
+      fibers_[running_]->resume();
+    } else {
+      std::swap(events_[next - ready_.size()], events_.back());
+      const auto event = std::move(events_.back());
+      events_.pop_back();
+      try {
+        event();
+      } catch (...) {
+        error_ = std::current_exception();
+      }
+    }
   }
   current = nullptr;
   if (error_) std::rethrow_exception(error_);
   if (std::any_of(threads.begin(), threads.end(),
                   [](const Thread& thread) { return !thread.is_done; }))
     report_deadlock();
+  check_copies_at_end(*this);
+  check_warpgroups_at_end(*this);
 }
 
-void Cta::wait(const char* what, Location location) {
+void Cta::wait(const char* what, Location location, std::function<std::string()> detail) {
   Thread& self = thread();
   self.waits_for = what;
   self.waits_at = location;
+  self.waits_detail = std::move(detail);
   Fiber::suspend();
   self.waits_for = nullptr;
+}
+
+void Cta::set_landing(std::uint32_t address, std::size_t bytes, int what) {
+  std::fill_n(landing_.begin() + address / kLandingBytes, bytes / kLandingBytes,
+              static_cast<std::int16_t>(what));
+}
+
+unsigned char* Cta::check_shared(std::uint32_t address, std::size_t bytes, std::size_t alignment,
+                                 Location location) {
+  const auto name = [&] {
+    return "shared access of " + std::to_string(bytes) + " bytes at " + std::to_string(address);
+  };
+  if (address + bytes > shared.size())
+    fail(location, name() + "; the block has " + std::to_string(shared.size()));
+  if (address % alignment != 0)
+    fail(location, name() + " is not aligned to " + std::to_string(alignment));
+  for (std::size_t word = address / kLandingBytes; word * kLandingBytes < address + bytes; ++word) {
+    if (landing_[word] == kFree) continue;
+    const std::string where = "shared address " + std::to_string(word * kLandingBytes);
+    if (landing_[word] == kIsMbarrier) fail(location, where + " belongs to an mbarrier");
+    fail(location, where + " is the target of a copy by thread " + std::to_string(landing_[word]) +
+                       " that has not landed");
+  }
+  return shared.data() + address;
 }
 
 void Cta::report_deadlock() {
   std::map<std::string, std::pair<int, int>> groups;  // count, first thread
   for (const Thread& thread : threads) {
-    const std::string what = thread.is_done ? "ended"
-                                            : std::string("waits in ") + thread.waits_for + " at " +
-                                                  text(thread.waits_at);
+    const std::string what =
+        thread.is_done
+            ? "ended"
+            : std::string("waits in ") + thread.waits_for + " at " + text(thread.waits_at) +
+                  (thread.waits_detail ? " (" + thread.waits_detail() + ")" : "");
     auto& group = groups.try_emplace(what, 0, thread.id).first->second;
     ++group.first;
   }
@@ -223,6 +145,8 @@ void Cta::report_deadlock() {
   }
   throw Error(message);
 }
+
+namespace {
 
 TrackedBuffer* buffer_at(Grid& grid, std::uintptr_t address, std::size_t bytes) {
   auto after = std::upper_bound(
@@ -295,11 +219,15 @@ void arrive_warp(void* const* slots) {
   }
   barrier.expected = count;
   barrier.arrived += kWarpSize;
-  block.races.release(warp, barrier.clock);
-  block.races.join_lanes(warp);
+  const auto lanes = block.lanes(warp);
+  for (int i = 0; i < lanes.count; ++i) block.races.release(lanes.first + i, barrier.clock);
+  block.races.tick();
   if (call.is_waiting) barrier.waiting_warps.push_back(warp);
   if (barrier.arrived < barrier.expected) return;
-  for (int waiting : barrier.waiting_warps) block.races.acquire(waiting, barrier.clock);
+  for (int waiting : barrier.waiting_warps) {
+    for (int lane = 0; lane < kWarpSize; ++lane)
+      block.races.acquire(waiting * kWarpSize + lane, barrier.clock);
+  }
   for (int thread : barrier.waiting_threads) block.wake(thread);
   if (count == all) ++block.epoch;
   barrier.reset();
@@ -335,6 +263,7 @@ Counters launch(Dim3 shape, Dim3 block, const Settings& settings,
             .counters = {},
             .random = Random(settings.seed),
             .kernel = &kernel};
+  grid.leader_lane = static_cast<int>(grid.random.below(kWarpSize));
   for (const Buffer& buffer : buffers) {
     if (buffer.bytes == 0) continue;
     const std::size_t words =
@@ -369,7 +298,7 @@ void fail(Location location, const std::string& what) {
               std::to_string(block.thread().id) + ": " + what);
 }
 
-void check_global(const void* pointer, std::size_t bytes, Access access, Location location) {
+void check_global_bytes(const void* pointer, std::size_t bytes, Access access, Location location) {
   Cta& block = cta();
   const auto address = reinterpret_cast<std::uintptr_t>(pointer);
   TrackedBuffer* tracked = buffer_at(block.grid, address, bytes);
@@ -384,8 +313,6 @@ void check_global(const void* pointer, std::size_t bytes, Access access, Locatio
     fail(location,
          "global access of " + std::to_string(bytes) + " bytes outside of all arrays: " + nearest);
   }
-  if (address % bytes != 0)
-    fail(location, "global access of " + std::to_string(bytes) + " bytes is not aligned");
   if (access != Access::kRead && !tracked->buffer.is_writable)
     fail(location, "write to " + tracked->buffer.name);
   if (tracked->buffer.is_writable) check_words(*tracked, address, bytes, access, location);
@@ -393,40 +320,29 @@ void check_global(const void* pointer, std::size_t bytes, Access access, Locatio
   if (access != Access::kRead) block.grid.counters.global_bytes_stored += bytes;
 }
 
-namespace {
-
-unsigned char* check_shared(std::uint32_t address, std::size_t bytes, Location location) {
-  Cta& block = cta();
-  if (address + bytes > block.shared.size()) {
-    fail(location, "shared access of " + std::to_string(bytes) + " bytes at " +
-                       std::to_string(address) + "; the block has " +
-                       std::to_string(block.shared.size()));
-  }
-  if (address % bytes != 0) {
-    fail(location, "shared access of " + std::to_string(bytes) + " bytes at " +
-                       std::to_string(address) + " is not aligned");
-  }
-  return block.shared.data() + address;
+void check_global(const void* pointer, std::size_t bytes, Access access, Location location) {
+  check_global_bytes(pointer, bytes, access, location);
+  if (reinterpret_cast<std::uintptr_t>(pointer) % bytes != 0)
+    fail(location, "global access of " + std::to_string(bytes) + " bytes is not aligned");
 }
 
-void check_races(std::uint32_t address, std::size_t bytes, bool is_write, int lane,
+namespace {
+
+void check_races(std::uint32_t address, std::size_t bytes, bool is_write, Races::Threads by,
                  Location location) {
-  Cta& block = cta();
-  if (auto race =
-          block.races.access(address, bytes, is_write, block.thread().warp(), lane, location))
-    fail(location, *race);
+  if (auto race = cta().races.access(address, bytes, is_write, by, location)) fail(location, *race);
 }
 
 void land(Thread& thread, const AsyncCopy& copy) {
   Cta& block = cta();
-  check_races(copy.to, copy.bytes, true, thread.lane(), copy.location);
+  check_races(copy.to, copy.bytes, true, {thread.id, 1}, copy.location);
   unsigned char* to = block.shared.data() + copy.to;
   if (copy.from == nullptr) {
     std::memset(to, 0, copy.bytes);
   } else {
     std::memcpy(to, copy.from, copy.bytes);
   }
-  std::fill_n(block.landing.begin() + copy.to, copy.bytes, static_cast<std::int16_t>(-1));
+  block.set_landing(copy.to, copy.bytes, Cta::kFree);
 }
 
 }  // namespace
@@ -434,16 +350,10 @@ void land(Thread& thread, const AsyncCopy& copy) {
 unsigned char* at_shared(std::uint32_t address, std::size_t bytes, Access access, Location location,
                          bool is_for_warp) {
   Cta& block = cta();
-  unsigned char* found = check_shared(address, bytes, location);
-  for (std::size_t i = 0; i < bytes; ++i) {
-    if (const int copier = block.landing[address + i]; copier >= 0) {
-      fail(location, "shared address " + std::to_string(address + i) +
-                         " is the target of a copy by thread " + std::to_string(copier) +
-                         " that has not landed");
-    }
-  }
-  const int lane = is_for_warp ? Races::kAnyLane : block.thread().lane();
-  check_races(address, bytes, access != Access::kRead, lane, location);
+  unsigned char* found = block.check_shared(address, bytes, bytes, location);
+  const Thread& thread = block.thread();
+  check_races(address, bytes, access != Access::kRead,
+              is_for_warp ? block.lanes(thread.warp()) : Races::Threads{thread.id, 1}, location);
   if (access != Access::kWrite) block.grid.counters.shared_bytes_loaded += bytes;
   if (access != Access::kRead) block.grid.counters.shared_bytes_stored += bytes;
   return found;
@@ -455,7 +365,7 @@ void async_copy(std::uint32_t to, const void* from, std::size_t bytes, bool is_z
   if (bytes != 4 && bytes != 8 && bytes != 16) fail(location, "cp.async copies 4, 8 or 16 bytes");
   at_shared(to, bytes, Access::kWrite, location);
   if (!is_zero) check_global(from, bytes, Access::kRead, location);
-  std::fill_n(block.landing.begin() + to, bytes, static_cast<std::int16_t>(block.thread().id));
+  block.set_landing(to, bytes, block.thread().id);
   block.thread().open_copies.push_back({to, is_zero ? nullptr : from, bytes, location});
 }
 
@@ -525,7 +435,7 @@ void warp_sync(std::uint32_t mask, Location location) {
       mask, "__syncwarp", nullptr,
       [](void* const*) {
         Cta& block = cta();
-        block.races.join_lanes(block.thread().warp());
+        block.races.join(block.lanes(block.thread().warp()));
       },
       location);
 }

@@ -61,6 +61,9 @@ struct Buffer {
 struct Settings {
   std::uint64_t seed = 0;
   std::size_t shared_bytes = 0;
+  // Of a thread when it starts; 0: as many as fit, which is what a kernel with bounds (threads, 1)
+  // gets.
+  int registers = 0;
 };
 
 // What a launch did, over all threads.
@@ -69,7 +72,8 @@ struct Counters {
   std::uint64_t global_bytes_stored = 0;
   std::uint64_t shared_bytes_loaded = 0;
   std::uint64_t shared_bytes_stored = 0;
-  std::uint64_t matrix_instructions = 0;
+  std::uint64_t matrix_instructions = 0;  // by a warp or a warpgroup
+  std::uint64_t matrix_flops = 0;
 };
 
 // Runs `kernel` once per thread. Raises `Error`; the launch is then over and other threads' work is

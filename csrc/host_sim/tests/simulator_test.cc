@@ -248,15 +248,16 @@ TEST(write_after_read_needs_a_barrier) {
 
 TEST(accesses_of_whole_warps_need_a_barrier) {
   using host_sim::Races;
-  Races races(1, 16);
-  const auto access = [&](bool is_write, int lane) {
-    return races.access(0, 4, is_write, 0, lane, {}).has_value();
+  Races races(32, 16);
+  const Races::Threads warp{0, 32}, one{3, 1};
+  const auto access = [&](bool is_write, Races::Threads by) {
+    return races.access(0, 4, is_write, by, {}).has_value();
   };
-  CHECK(!access(true, Races::kAnyLane));
-  CHECK(access(false, Races::kAnyLane) && access(false, 3));
-  races.join_lanes(0);
-  CHECK(!access(false, Races::kAnyLane) && !access(false, 3));
-  CHECK(access(true, 3) && access(true, Races::kAnyLane));
+  CHECK(!access(true, warp));
+  CHECK(access(false, warp) && access(false, one));
+  races.join(warp);
+  CHECK(!access(false, warp) && !access(false, one));
+  CHECK(access(true, one) && access(true, warp));
 }
 
 TEST(many_readers_are_all_remembered) {
