@@ -14,9 +14,9 @@
 
 namespace sparse_attn::sm90 {
 
-// What a block of an H100 may have, and what two blocks of a multiprocessor may each have.
-constexpr int kMostSharedBytes = 227 * 1024;
-constexpr int kHalfSharedBytes = 113 * 1024;
+// What each of so many blocks of a multiprocessor of an H100 may have: all together 228 KiB, of
+// which each takes one for itself.
+constexpr int shared_bytes_of(int blocks) { return (228 / blocks - 1) * 1024; }
 
 constexpr int kWarpgroup = 128;  // threads
 constexpr int kProductRows = 64;
