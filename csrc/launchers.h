@@ -60,6 +60,9 @@ struct AttentionVariant {
 namespace sm80 {
 std::span<const AttentionVariant> attention_variants();
 }
+namespace sm90 {
+std::span<const AttentionVariant> attention_variants();
+}
 
 // These start kernels and return. They allocate nothing and wait for nothing.
 Status attention_forward(const VariantKey& key, const AttentionForwardParams& params,

@@ -19,10 +19,11 @@ from sparse_attn_jax.testing.inputs import Inputs, make_inputs
 MAX_ROWS = 64
 
 
-@pytest.fixture(autouse=True)
-def cuda_on_cpu(cpp_compiler, monkeypatch):
-    """`implementation="cuda"` runs on the simulator."""
+@pytest.fixture(autouse=True, params=["sm80", "sm90"])
+def cuda_on_cpu(cpp_compiler, monkeypatch, request):
+    """`implementation="cuda"` runs on the simulator, with the kernels of one folder."""
     monkeypatch.setenv(library.HOST_SIM, os.environ.get(library.HOST_SIM, "1"))
+    monkeypatch.setenv(library.ARCH, request.param)
 
 
 def as_kernels_take_it(case: Case) -> Case | None:
