@@ -157,51 +157,51 @@ __device__ __forceinline__ int attend_to_slice(const AttentionForwardParams& p, 
     stream.release_keys(step);
   };
 
+  const auto multiply_keys = [&] {
+    multiply_transposed<T, Query, Chunk>(scores, query, 0, stream.keys(step));
+    ptx::warpgroup_commit();
+  };
+  const auto multiply_values = [&] {
+    multiply_factors<T, Chunk>(out, probs, stream.values(step - 1));
+    ptx::warpgroup_commit();
+  };
+
   query_ring.wait_full(query_step);
   ChunkKind kind = stream.wait_keys(step);
   if (kind != ChunkKind::kEnd) {
-    float factors[2];
+    const int first_step = step;
     ptx::warpgroup_fence(scores);
-    multiply_transposed<T, Query, Chunk>(scores, query, 0, stream.keys(step));
-    ptx::warpgroup_commit();
+    multiply_keys();
     ptx::warpgroup_wait<0>(scores);
-    mask(kind);
-    softmax.update(scores, factors);  // nothing was summed yet
-    round_to_factors<T, kKeys>(probs, scores);
-    ++step;
-
-    while ((kind = stream.wait_keys(step)) != ChunkKind::kEnd) {
-      // The tensor cores do both; the scores are there first.
-      stream.wait_values(step - 1);
-      ptx::warpgroup_fence(scores, out, probs);
-      multiply_transposed<T, Query, Chunk>(scores, query, 0, stream.keys(step));
-      ptx::warpgroup_commit();
-      multiply_factors<T, Chunk>(out, probs, stream.values(step - 1));
-      ptx::warpgroup_commit();
-      ptx::warpgroup_wait<1>(scores);
+    while (true) {
       mask(kind);
+      float factors[2];
       softmax.update(scores, factors);
       ptx::warpgroup_wait<0>(out);
-      stream.release_values(step - 1);
+      if (step > first_step) stream.release_values(step - 1);
       SPARSE_ATTN_UNROLL
       for (auto& column : out) {
         SPARSE_ATTN_UNROLL
         for (int place = 0; place < 4; ++place) column[place] *= factors[place / 2];
       }
       round_to_factors<T, kKeys>(probs, scores);
-      ++step;
-    }
-    query_ring.release(query_step);
 
-    stream.wait_values(step - 1);
+      ++step;
+      kind = stream.wait_keys(step);
+      stream.wait_values(step - 1);  // they came before the keys
+      if (kind == ChunkKind::kEnd) break;
+      // Two groups of products, so that the scores are there first.
+      ptx::warpgroup_fence(scores, out, probs);
+      multiply_keys();
+      multiply_values();
+      ptx::warpgroup_wait<1>(scores);
+    }
     ptx::warpgroup_fence(out, probs);
-    multiply_factors<T, Chunk>(out, probs, stream.values(step - 1));
-    ptx::warpgroup_commit();
+    multiply_values();
     ptx::warpgroup_wait<0>(out);
     stream.release_values(step - 1);
-  } else {
-    query_ring.release(query_step);
   }
+  query_ring.release(query_step);
   stream.release_keys(step);
   stream.wait_values(step);
   stream.release_values(step);

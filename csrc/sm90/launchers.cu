@@ -4,6 +4,8 @@
 #include <exception>
 
 #include "common/launch.cuh"
+#include "common/partials.cuh"
+#include "sm90/attention_backward.cuh"
 #include "sm90/attention_forward.cuh"
 
 namespace sparse_attn::sm90 {
@@ -27,6 +29,10 @@ const AttentionVariant& of_sm80(VariantKey key) {
   const auto all = sm80::attention_variants();
   return *std::find_if(all.begin(), all.end(),
                        [&](const AttentionVariant& variant) { return variant.key == key; });
+}
+
+std::int64_t num_kv_blocks(const AttentionShape& shape) {
+  return (std::int64_t{shape.kv_len} + shape.kv_block_size - 1) / shape.kv_block_size;
 }
 
 // As many blocks as run at the same time, or fewer if there are fewer slices.
@@ -54,7 +60,7 @@ struct Variant {
     try {
       const AttentionForwardArguments arguments = {
           .params = params,
-          .query = map_of_rows<T, kHeadDim>(in.query, in.shape, in.plan),
+          .query = map_of_rows<T, kHeadDim>(in.query, in.shape, SliceBox(in.shape, in.plan)),
           .key = map_of_keys<T, kHeadDim>(in.key, in.shape, Forward::Stream::kPieceKeys),
           .value = map_of_keys<T, kHeadDim>(in.value, in.shape, Forward::Stream::kPieceKeys)};
       return launch<Forward>(&attention_forward<Forward>, grid_of_slices<Forward>(in), arguments,
@@ -64,13 +70,43 @@ struct Variant {
     }
   }
 
+  using OfKey = KeyGradientConfig<T, kHeadDim, kBlockSize>;
+  using OfParts = SumPartialsConfig<T, kHeadDim>;
+
   static Status backward(const AttentionBackwardParams& params, const LaunchContext& context) {
-    return of_sm80(kKey).backward(params, context);
+    const AttentionInputs& in = params.in;
+    if (!is_regular(in)) return of_sm80(kKey).backward(params, context);
+    const std::int64_t blocks = num_kv_blocks(in.shape);
+    try {
+      // TODO: dQ
+      of_sm80(kKey).backward(params, context);
+      const StripBox box(in.shape, in.plan);
+      const AttentionBackwardArguments of_key = {
+          .params = params,
+          .query = map_of_rows<T, kHeadDim>(in.query, in.shape, box),
+          .d_out = map_of_rows<T, kHeadDim>(params.d_out, in.shape, box),
+          .key = map_of_keys<T, kHeadDim>(in.key, in.shape, OfKey::kKeys),
+          .value = map_of_keys<T, kHeadDim>(in.value, in.shape, OfKey::kKeys)};
+      // Blocks with several parts have at most as many as there is room for their sums.
+      const std::int64_t parts = blocks + params.inverse.num_partials;
+      Status status = launch<OfKey>(
+          &key_gradient<OfKey>,
+          {parts * (in.shape.kv_block_size / OfKey::kKeys), in.shape.num_kv_heads, in.shape.batch},
+          of_key, context);
+      if (!status && params.inverse.num_partials != 0) {
+        status = launch<OfParts>(&sum_partials<OfParts>,
+                                 {blocks, in.shape.num_kv_heads, in.shape.batch}, params, context);
+      }
+      return status;
+    } catch (const std::exception& error) {
+      return error.what();
+    }
   }
 
   static std::vector<KernelInfo> kernels() {
     std::vector<KernelInfo> all = of_sm80(kKey).kernels();
     all.push_back(kernel_info<Forward>());
+    all.push_back(kernel_info<OfKey>());
     return all;
   }
 };

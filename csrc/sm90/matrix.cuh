@@ -167,7 +167,7 @@ __device__ __forceinline__ void multiply_columns(Sums<B::kWidth>& sums, std::uin
 // until the consumers have released what the stage had, tells the stage's barrier how many bytes
 // come, and starts the copies. Consumers wait until they are there, and release the stage when they
 // have read it. What the producer itself stored before it told the barrier can be read as well.
-template <int kStages, int kStageBytes, int kConsumerWarps>
+template <int kStages, int kStageBytes, int kConsumerWarps, int kProducerArrivals = 1>
 class Ring {
  public:
   static constexpr int kBytes = kStages * kStageBytes;
@@ -179,7 +179,7 @@ class Ring {
   // By one thread, before a `mbarrier_init_fence` and a barrier of the CTA.
   __device__ void init() const {
     for (int stage = 0; stage < kStages; ++stage) {
-      ptx::mbarrier_init(full(stage), 1);
+      ptx::mbarrier_init(full(stage), kProducerArrivals);
       ptx::mbarrier_init(empty(stage), kConsumerWarps);
     }
   }
@@ -240,10 +240,9 @@ struct SliceBox {
 // Queries or what has their shape: coordinates (element, head of the group, kv_head, token, batch),
 // rows token-major as `Tile` has them. Tokens beyond q_len are zeros.
 template <class T, int kHeadDim>
-TensorMap map_of_rows(const void* rows, const AttentionShape& shape, const PlanParams& plan) {
+TensorMap map_of_rows(const void* rows, const AttentionShape& shape, const SliceBox& box) {
   const std::uint64_t heads = shape.num_q_heads, kv_heads = shape.num_kv_heads, q_len = shape.q_len,
                       batch = shape.batch, row_bytes = 2 * kHeadDim;
-  const SliceBox box(shape, plan);
   using M = Matrix<8, kHeadDim>;
   return make_tensor_map<T, 5>(
       rows, {kHeadDim, heads / kv_heads, kv_heads, q_len, batch},
