@@ -20,9 +20,18 @@ from sparse_attn_jax.testing.inputs import Inputs, make_inputs
 pytestmark = pytest.mark.kernels
 
 
+# Tests of the kernels themselves: of both folders.
+each_arch = pytest.mark.parametrize("arch", ["sm80", "sm90"])
+
+
+@pytest.fixture
+def arch() -> str:
+    return "sm80"
+
+
 @pytest.fixture(autouse=True)
-def always_on_cpu(cuda_on_cpu):
-    pass
+def kernels_of_arch(cuda_on_cpu, arch, monkeypatch):
+    monkeypatch.setenv(library.ARCH, arch)
 
 
 def as_kernels_take_it(case: Case) -> Case | None:
@@ -69,6 +78,7 @@ def assert_same(actual: compare.Results, expected: compare.Results) -> None:
         np.testing.assert_array_equal(actual[name], expected[name], err_msg=name)
 
 
+@each_arch
 @pytest.mark.parametrize("case", TAKEN, ids=lambda case: case.name)
 def test_attention_matches_oracle(case):
     inputs = make_inputs(case)
@@ -79,6 +89,7 @@ def test_most_cases_are_taken():
     assert len(TAKEN) > 0.9 * len(CASES)
 
 
+@each_arch
 @pytest.mark.parametrize("name", ["everything", "group16_bf16_d128"])
 def test_order_of_blocks_and_threads_changes_nothing(name, monkeypatch):
     inputs = small_case(name)
@@ -88,6 +99,7 @@ def test_order_of_blocks_and_threads_changes_nothing(name, monkeypatch):
         assert_same(results_of(inputs), expected)
 
 
+@each_arch
 @pytest.mark.parametrize("bad_id", [-(2**31), -5, 6, 2**28, 2**31 - 1])
 def test_plan_that_names_blocks_that_do_not_exist(bad_id):
     """2**28 blocks of 16 keys are 2**32 keys, which is 0 in 32 bits."""
@@ -119,6 +131,7 @@ def test_plan_that_names_blocks_that_do_not_exist(bad_id):
     assert_same(results_of(inputs, jax.tree.map(jnp.asarray, bad)), expected)
 
 
+@each_arch
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("operand", ["key", "value"])
 def test_bad_numbers_in_keys_that_no_query_sees(operand, value):
@@ -184,6 +197,7 @@ def random_cases(draw) -> Case:
     )
 
 
+@each_arch
 @hypothesis.given(random_cases())
 @hypothesis.settings(max_examples=25, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 def test_random_calls_match_oracle(case):
@@ -196,6 +210,7 @@ def test_random_calls_match_oracle(case):
 # --- plans of any kind ---
 
 
+@each_arch
 @pytest.mark.parametrize("tile_size", [1, 7, 60])
 def test_tiles_of_any_size(tile_size):
     """More rows than a thread block computes on, 8 times the 64 at most, or few."""
@@ -203,6 +218,7 @@ def test_tiles_of_any_size(tile_size):
     compare.assert_results_match(results_of(inputs, make_plan(inputs, tile_size)), inputs)
 
 
+@each_arch
 @pytest.mark.parametrize(("name", "entries"), [("everything", 30), ("group2_bf16", 9)])
 def test_long_lists_are_walked_in_parts(name, entries, monkeypatch):
     inputs = small_case(name)
@@ -238,6 +254,7 @@ def stack(trees):
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
+@each_arch
 @pytest.mark.parametrize("mapped", ["operands", "selection", "both", "query", "key_value"])
 def test_vmap_folds_into_the_batch(mapped):
     inputs = small_case("group2_bf16")
