@@ -124,7 +124,7 @@ def is_for(variant: Variant, problem: Problem | ScoringProblem) -> bool:
     return sizes and (isinstance(problem, ScoringProblem) or problem.kv_block_size in variant.kv_block_sizes)
 
 
-def call_attributes(problem: Problem) -> dict[str, Any]:
+def call_attributes(problem: Problem | ScoringProblem) -> dict[str, Any]:
     """The attributes that choose a compiled variant."""
     arch = next(variant.arch for variant in variants_for(problem) if is_for(variant, problem))
     return dict(arch=np.int32(arch), seed=seed())
