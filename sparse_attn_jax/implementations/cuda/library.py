@@ -57,8 +57,8 @@ def missing(platform: str) -> str | None:
         return host_sim.missing(os.environ[HOST_SIM])
     if importlib.util.find_spec(MODULE) is None:
         return (
-            "this install has no CUDA kernels, because it found no nvcc; `pip install 'sparse_attn_jax[cuda-build]'` brings "
-            "one, and SPARSE_ATTN_CUDA=ON makes the install say what is missing"
+            "this install has no CUDA kernels, because it found no nvcc; `SPARSE_ATTN_CUDA=ON pip install` brings one, or says "
+            "what is missing"
         )
     return None
 
