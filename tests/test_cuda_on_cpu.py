@@ -388,6 +388,21 @@ def test_reason_of_a_missing_simulator(monkeypatch, tmp_path):
         attend_with(inputs)(**inputs.operands)
 
 
+def test_library_that_jaxlib_refuses(monkeypatch):
+    monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda *_, **__: (_ for _ in ()).throw(ValueError("API 9.9")))
+    with pytest.raises(RuntimeError, match=r"does not take the CUDA kernels.*API 9\.9.*pip install"):
+        library._register(dict.fromkeys(library.CUSTOM_CALL_TARGETS), "CUDA")
+
+
+def test_library_that_does_not_load(monkeypatch, tmp_path):
+    (tmp_path / "broken_kernels.py").write_text("raise ImportError('undefined symbol: x')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(library, "MODULE", "broken_kernels")
+    library._load_module.cache_clear()
+    with pytest.raises(ImportError, match="do not load: undefined symbol: x.*pip install"):
+        library.load("gpu")
+
+
 def test_kernels_of_a_folder_by_name(monkeypatch):
     inputs = small_case("group2_bf16")
     monkeypatch.setenv(library.ARCH, "sm80")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jaxlib.version
 import numpy as np
 
 from sparse_attn_jax.implementations.cuda import host_sim
@@ -35,6 +36,10 @@ ARCH = "SPARSE_ATTN_CUDA_ARCH"  # "sm80" or "sm90": kernels of that folder, inst
 SEED = "SPARSE_ATTN_HOST_SIM_SEED"  # the order in which a simulated grid runs
 
 MODULE = "sparse_attn_jax.implementations.cuda._kernels"
+
+INSTALL_AGAIN = (
+    "They were compiled for another Python, or against a newer jaxlib: `SPARSE_ATTN_CUDA=ON pip install` compiles them anew"
+)
 
 # The kernels that run on a compute capability, the fastest first.
 ARCHITECTURES = {"8.0": (80,), "9.0": (90, 80)}
@@ -82,14 +87,21 @@ def _load_simulator(path: str) -> tuple[Variant, ...]:
 
 @functools.cache
 def _load_module() -> tuple[Variant, ...]:
-    module = importlib.import_module(MODULE)
+    try:
+        module = importlib.import_module(MODULE)
+    except ImportError as error:
+        raise ImportError(f"the CUDA kernels of this install do not load: {error}. {INSTALL_AGAIN}") from error
     _register(module.registrations(), "CUDA")
     return _read_variants(module.variants())
 
 
 def _register(capsules: Mapping[str, Any], platform: str) -> None:
-    for target in CUSTOM_CALL_TARGETS:
-        jax.ffi.register_ffi_target(target, capsules[target], platform=platform)
+    try:
+        for target in CUSTOM_CALL_TARGETS:
+            jax.ffi.register_ffi_target(target, capsules[target], platform=platform)
+    except Exception as error:
+        text = f"jaxlib {jaxlib.version.__version__} does not take the CUDA kernels of this install: {error}. {INSTALL_AGAIN}"
+        raise RuntimeError(text) from error
 
 
 def _read_variants(text: str) -> tuple[Variant, ...]:
