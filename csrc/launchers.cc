@@ -10,8 +10,15 @@ namespace {
 
 const std::vector<AttentionVariant>& attention_variants() {
   static const std::vector<AttentionVariant> all = [] {
-    const auto of_sm80 = sm80::attention_variants();
-    return std::vector<AttentionVariant>(of_sm80.begin(), of_sm80.end());
+    std::vector<AttentionVariant> made;
+    const auto add = [&](std::span<const AttentionVariant> of_folder) {
+      made.insert(made.end(), of_folder.begin(), of_folder.end());
+    };
+    add(sm80::attention_variants());
+#if SPARSE_ATTN_SM90
+    add(sm90::attention_variants());
+#endif
+    return made;
   }();
   return all;
 }

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.kernels
+
 CSRC = Path(__file__).absolute().parent.parent / "csrc"
 BUILDS = {
     "plain": ["-O1"],

@@ -27,14 +27,15 @@ struct UnionConfig {
 // Shared memory of a CTA: for the blocks of a window, those that are listed as bits, how many are
 // listed before each word, and the membership of those that are listed.
 struct UnionMemory {
-  std::uint32_t listed = 0, before, count, membership, bytes;
+  std::uint32_t listed = 0, before, count, membership;
+  std::uint64_t bytes;
 
   SPARSE_ATTN_HOST_DEVICE UnionMemory(int window_blocks, int num_words) {
     const std::uint32_t words = window_blocks / 32;
     before = 4 * words;
     count = before + 4 * words;
     membership = count + 4;
-    bytes = membership + 4 * static_cast<std::uint32_t>(window_blocks) * num_words;
+    bytes = membership + std::uint64_t{4} * window_blocks * num_words;
   }
 };
 
@@ -42,7 +43,7 @@ struct UnionMemory {
 // very many, counts the marks before each, which gives the slots, and then collects the bits of
 // each row group.
 template <class Config>
-__global__ void __launch_bounds__(Config::kThreads, 8)
+__global__ void __launch_bounds__(Config::kThreads, 12)
     plan_unions(const __grid_constant__ UnionParams p) {
   const int thread = static_cast<int>(threadIdx.x), lane = ptx::lane_index();
   const std::int64_t row = static_cast<std::int64_t>(blockIdx.z) * p.heads + blockIdx.y;
