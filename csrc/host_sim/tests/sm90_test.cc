@@ -211,6 +211,26 @@ TEST(mbarrier_that_is_not_visible_yet) {
   });
 }
 
+TEST(mbarrier_is_fenced_by_the_thread_that_made_it) {
+  const std::vector<std::uint16_t> x(64);
+  const auto map = make_tensor_map<Float16, 2>(x.data(), {8, 8}, {16}, {8, 8}, Swizzle::kNone);
+  const auto kernel = [&](int fencer) {
+    return [&, fencer] {
+      if (thread() == 0) ptx::mbarrier_init(256, 1);
+      ptx::sync_warp();
+      if (thread() == fencer) ptx::mbarrier_init_fence();
+      ptx::sync_warp();
+      if (thread() == 1) {
+        ptx::mbarrier_arrive_expect(256, 128);
+        ptx::tensor_load(0, map, {0, 0}, 256);
+        ptx::mbarrier_wait(256, 0);
+      }
+    };
+  };
+  run(32, 264, kernel(0), {input(x)});
+  check_error("needs mbarrier_init_fence", [&] { run(32, 264, kernel(1), {input(x)}); });
+}
+
 TEST(mbarrier_is_no_other_memory) {
   check_error("belongs to an mbarrier", [] {
     run(1, 8, [] {
@@ -279,6 +299,28 @@ TEST(arrival_releases_and_wait_acquires) {
     // A wait counts for the thread that waits, also among the lanes of a warp.
     check_error("nothing orders", [&] { run(64, 16, kernel(false, false), {}, seed); });
   }
+}
+
+TEST(arrival_covers_nothing_after_it) {
+  // Thread 0 arrives first, and its phase ends later.
+  const auto kernel = [](bool writes_late) {
+    return [=] {
+      make_mbarrier(0, 2);
+      if (thread() == 0) {
+        if (!writes_late) ptx::store_shared(8, 1);
+        ptx::mbarrier_arrive(0);
+        if (writes_late) ptx::store_shared(8, 1);
+      }
+      ptx::shuffle(0, 0);
+      if (thread() == 1) ptx::mbarrier_arrive(0);
+      if (thread() == 2) {
+        ptx::mbarrier_wait(0, 0);
+        ptx::load_shared<int>(8);
+      }
+    };
+  };
+  run(32, 16, kernel(false));
+  check_error("nothing orders", [&] { run(32, 16, kernel(true)); });
 }
 
 TEST(wait_does_not_acquire_the_current_phase) {
@@ -677,16 +719,21 @@ TEST(copies_that_overlap) {
 TEST(copy_that_nobody_waits_for) {
   const auto x = counted(64);
   const auto map = make_tensor_map<Float16, 2>(x.data(), {8, 8}, {16}, {8, 8}, Swizzle::kNone);
-  const auto kernel = [&](bool expects, bool loads) {
-    return [&, expects, loads] {
-      make_mbarrier(256, 2);
+  const auto kernel = [&](int arrivals, bool expects, bool loads, bool waits) {
+    return [&, arrivals, expects, loads, waits] {
+      make_mbarrier(256, arrivals);
       if (expects) ptx::mbarrier_arrive_expect(256, 128);
       if (loads) ptx::tensor_load(0, map, {0, 0}, 256);
+      if (waits) ptx::mbarrier_wait(256, 0);
     };
   };
-  run(1, 264, kernel(false, false), {input(x)});
-  for (const auto& [expects, loads] : {std::pair{true, true}, {true, false}, {false, true}}) {
-    check_error("nobody has waited", [&] { run(1, 264, kernel(expects, loads), {input(x)}); });
+  run(1, 264, kernel(1, false, false, false), {input(x)});
+  run(1, 264, kernel(1, true, true, true), {input(x)});
+  for (int arrivals : {1, 2}) {  // the phase ends, or not
+    for (const auto& [expects, loads] : {std::pair{true, true}, {true, false}, {false, true}}) {
+      check_error("nobody has waited",
+                  [&] { run(1, 264, kernel(arrivals, expects, loads, false), {input(x)}); });
+    }
   }
 }
 
@@ -1569,7 +1616,13 @@ TEST(registers_that_change_before_the_wait) {
       ptx::warpgroup_commit();
       ptx::warpgroup_wait<0>(x);
     }
-    a[3] = 1;
+    for (std::uint32_t i = 0; i < 3; ++i) {
+      a[3] = i;
+      ptx::warpgroup_fence(x, a);
+      start_with(x, a);
+      ptx::warpgroup_commit();
+      ptx::warpgroup_wait<0>(x);
+    }
   });
 }
 
