@@ -1496,6 +1496,19 @@ TEST(products_that_are_not_committed_are_not_waited_for) {
   });
 }
 
+TEST(sums_that_a_later_group_goes_on_with) {
+  check_always("a wait that names sums which it does not wait for", [] {
+    write_operands_and_sync();
+    SmallSums x;
+    ptx::warpgroup_fence(x);
+    for (int i = 0; i < 2; ++i) {
+      start(x, i > 0);
+      ptx::warpgroup_commit();
+    }
+    ptx::warpgroup_wait<1>(x);
+  });
+}
+
 TEST(products_of_the_same_sums_follow_each_other) {
   run_always([] {
     write_operands_and_sync();
@@ -1603,6 +1616,20 @@ TEST(registers_that_change_before_the_wait) {
     ptx::warpgroup_commit();
     a[3] = 1;
     ptx::warpgroup_wait<0>(x);
+  });
+  // The wait is for the group before.
+  check_always("the registers of a have changed while", [] {
+    write_operands_and_sync();
+    SmallSums x = {}, y = {};
+    std::uint32_t a[4] = {};
+    ptx::warpgroup_fence(x, y, a);
+    start(x);
+    ptx::warpgroup_commit();
+    start_with(y, a);
+    ptx::warpgroup_commit();
+    ptx::warpgroup_wait<1>(x);
+    a[3] = 1;
+    ptx::warpgroup_wait<0>(y);
   });
   // After the wait they may, and used again without a change they need no fence.
   run_always([] {
@@ -1731,6 +1758,47 @@ TEST(operand_that_is_written_before_the_wait) {
   check_always("nothing orders this", kernel(false, false, 3));
 }
 
+TEST(operand_of_a_later_group_that_is_written) {
+  const auto kernel = [](std::uint32_t written) {
+    return [=] {
+      write_operands();
+      for (std::uint32_t i = 0; i < 4; ++i) ptx::store_shared(kB + 512 + 16 * thread() + 4 * i, 0);
+      ptx::fence_async_proxy();
+      ptx::sync_threads();
+      SmallSums x = {}, y = {};
+      ptx::warpgroup_fence(x, y);
+      start(x);
+      ptx::warpgroup_commit();
+      start(y, false, kA, kB + 512);
+      ptx::warpgroup_commit();
+      ptx::warpgroup_wait<1>(x);
+      if (thread() == 3) ptx::store_shared(written, 0);
+      ptx::warpgroup_wait<0>(y);
+    };
+  };
+  run_always(kernel(kB));
+  check_always("after the read by the products of warpgroup 0", kernel(kB + 512));
+}
+
+// What a warp writes after it has started the product is too late, whatever the others do then.
+TEST(operand_that_is_written_after_the_start) {
+  check_always("later than the first warp's start", [] {
+    write_operands_and_sync();
+    SmallSums x = {};
+    ptx::warpgroup_fence(x);
+    for (int warps = 0; warps < 2; ++warps) {
+      if ((thread() < 32) == (warps == 0)) start(x);
+      if (thread() == 0 && warps == 0) {
+        ptx::store_shared(kB, 0);
+        ptx::fence_async_proxy();
+      }
+      ptx::sync_threads();
+    }
+    ptx::warpgroup_commit();
+    ptx::warpgroup_wait<0>(x);
+  });
+}
+
 TEST(operand_that_is_loaded_before_the_wait) {
   // One thread of the consumers arrives for all after its wait: the products are the warpgroup's.
   const auto x = counted(64 * 16 * 4);
@@ -1843,6 +1911,15 @@ TEST(warps_that_do_not_execute_the_same) {
                  ptx::warpgroup_multiply<BFloat16, Major::kK, Major::kK>(
                      thread() == 17 ? y : x, ptx::matrix_descriptor(kA, 0, 256, Swizzle::k32),
                      ptx::matrix_descriptor(kB, 0, 256, Swizzle::k32), true);
+                 ptx::warpgroup_commit();
+                 ptx::warpgroup_wait<0>(x, y);
+               }));
+  check_always("or others than this one's", body([](SmallSums& x) {
+                 SmallSums y = {};
+                 ptx::warpgroup_fence(y);
+                 start(x);
+                 start(y);
+                 start(thread() == 17 ? y : x, true);
                  ptx::warpgroup_commit();
                  ptx::warpgroup_wait<0>(x, y);
                }));
