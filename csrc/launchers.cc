@@ -10,8 +10,10 @@ namespace {
 
 const std::vector<AttentionVariant>& attention_variants() {
   static const std::vector<AttentionVariant> all = [] {
-    const auto of_sm80 = sm80::attention_variants();
-    return std::vector<AttentionVariant>(of_sm80.begin(), of_sm80.end());
+    std::vector<AttentionVariant> made;
+    for (const auto& of_folder : {sm80::attention_variants(), sm90::attention_variants()})
+      made.insert(made.end(), of_folder.begin(), of_folder.end());
+    return made;
   }();
   return all;
 }

@@ -10,6 +10,8 @@ import pytest
 
 from sparse_attn_jax.implementations.cuda import library
 
+pytestmark = pytest.mark.kernels
+
 BATCH, Q_LEN, KV_LEN, NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM = 2, 24, 40, 4, 2, 64
 KV_BLOCK_SIZE, TILE_SIZE = 16, 8
 NUM_TILES, CAPACITY, NUM_BLOCKS, NUM_PARTIALS = 3, 2, 3, 5

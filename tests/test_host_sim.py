@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.kernels
+
 CSRC = Path(__file__).absolute().parent.parent / "csrc"
 BUILDS = {
     "plain": ["-O1"],
@@ -130,11 +132,3 @@ def test_sm90_instructions_assemble(tmp_path):
     assert report.count("Compiling entry function") == 20
     assert report.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == 20, report
     assert "Potential Performance Loss" not in report, report
-
-
-def test_kernels_compile_without_spills(tmp_path):
-    source = CSRC / "sm80" / "tests" / "kernels.cu"
-    report = compile_with_nvcc(source, tmp_path / "kernels.cubin", "-arch=sm_80", "-Xptxas", "-v", "-cubin")
-    num_kernels = source.read_text().count("template __global__")
-    assert report.count("Compiling entry function") == num_kernels
-    assert report.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == num_kernels, report

@@ -3,6 +3,7 @@
 
 #include <cxxabi.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <string>
@@ -23,6 +24,19 @@ struct Grid {
   }
 };
 
+#if SPARSE_ATTN_HOST_SIM
+// Of a thread when it starts, for kernels that move registers between warpgroups: `kBlocks` of
+// their blocks run on a multiprocessor.
+template <class Config>
+constexpr int registers_of() {
+  if constexpr (requires { Config::kBlocks; }) {
+    return std::min(65536 / (Config::kBlocks * Config::kThreads) / 8 * 8, 256);
+  } else {
+    return 0;
+  }
+}
+#endif
+
 // No allocation, no synchronisation: a launch may be captured into a CUDA graph.
 template <class Config, class Params>
 Status launch(void (*kernel)(Params), const Grid& grid, const Params& params,
@@ -36,9 +50,10 @@ Status launch(void (*kernel)(Params), const Grid& grid, const Params& params,
   }
 #if SPARSE_ATTN_HOST_SIM
   try {
-    host_sim::launch(grid.as<host_sim::Dim3>(), {Config::kThreads},
-                     {.seed = context.seed, .shared_bytes = shared_bytes}, context.buffers,
-                     [&] { kernel(params); });
+    host_sim::launch(
+        grid.as<host_sim::Dim3>(), {Config::kThreads},
+        {.seed = context.seed, .shared_bytes = shared_bytes, .registers = registers_of<Config>()},
+        context.buffers, [&] { kernel(params); });
   } catch (const host_sim::Error& error) {
     return error.what();
   }
@@ -65,6 +80,25 @@ Status launch(void (*kernel)(Params), const Grid& grid, const Params& params,
   return {};
 }
 
+// How many blocks of one per multiprocessor run at the same time on the current device.
+inline int num_multiprocessors() {
+#if SPARSE_ATTN_HOST_SIM
+  return 3;  // so that small grids are not whole rounds
+#else
+  int device = 0, count = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+#endif
+}
+
+template <class Config>
+KernelInfo kernel_info() {
+  const std::unique_ptr<char, void (*)(void*)> name(
+      abi::__cxa_demangle(typeid(Config).name(), nullptr, nullptr, nullptr), std::free);
+  return {name.get(), Config::kThreads, Config::kSharedBytes};
+}
+
 // Kernels that run one after the other. Each has a `Config`, an entry `kKernel`, and the `grid` of
 // its parameters.
 template <class... Kernels>
@@ -82,15 +116,7 @@ struct Sequence {
   }
 
   static void list(std::vector<KernelInfo>& kernels) {
-    (kernels.push_back(info<typename Kernels::Config>()), ...);
-  }
-
- private:
-  template <class Config>
-  static KernelInfo info() {
-    const std::unique_ptr<char, void (*)(void*)> name(
-        abi::__cxa_demangle(typeid(Config).name(), nullptr, nullptr, nullptr), std::free);
-    return {name.get(), Config::kThreads, Config::kSharedBytes};
+    (kernels.push_back(kernel_info<typename Kernels::Config>()), ...);
   }
 };
 

@@ -30,7 +30,7 @@ Status build_unions(const UnionParams& params, int window_blocks, const LaunchCo
            std::to_string(kMostSharedBytes);
   }
   return launch<UnionConfig>(plan_unions<UnionConfig>, {p.num_tiles, p.heads, p.batch}, p, context,
-                             memory.bytes);
+                             static_cast<std::uint32_t>(memory.bytes));
 }
 
 Status invert_plan(const InversionParams& p, const LaunchContext& context) {

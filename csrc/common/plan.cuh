@@ -27,14 +27,15 @@ struct UnionConfig {
 // Shared memory of a CTA: for the blocks of a window, those that are listed as bits, how many are
 // listed before each word, and the membership of those that are listed.
 struct UnionMemory {
-  std::uint32_t listed = 0, before, count, membership, bytes;
+  std::uint32_t listed = 0, before, count, membership;
+  std::uint64_t bytes;
 
   SPARSE_ATTN_HOST_DEVICE UnionMemory(int window_blocks, int num_words) {
     const std::uint32_t words = window_blocks / 32;
     before = 4 * words;
     count = before + 4 * words;
     membership = count + 4;
-    bytes = membership + 4 * static_cast<std::uint32_t>(window_blocks) * num_words;
+    bytes = membership + std::uint64_t{4} * window_blocks * num_words;
   }
 };
 

@@ -279,6 +279,16 @@ __device__ __forceinline__ int highest_bit(std::uint32_t x) {
 #endif
 }
 
+__device__ __forceinline__ float reciprocal_approx(float x) {
+#if SPARSE_ATTN_HOST_SIM
+  return 1 / x;
+#else
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
 // The two 16-bit floating types, by their bits.
 struct BFloat16 {
   std::uint16_t bits;

@@ -81,8 +81,8 @@ __global__ void __launch_bounds__(Config::kThreads)
   const std::uint32_t query = ptx::shared_base();
   const typename Config::Ring ring(in, tile, chunks, query + Config::kQueryBytes);
 
-  copy_rows<kHeadDim, Config::kThreads>(
-      query, in.query, Config::kRows, [&](int row) -> std::int64_t {
+  copy_rows<kHeadDim, Config::kThreads, Config::kRows>(
+      {{in.query, query}}, [&](int row) -> std::int64_t {
         return row < tile.num_rows ? tile.row_offset(in.shape, row) : -1;
       });
   ring.fetch(0);

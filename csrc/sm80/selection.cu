@@ -15,7 +15,7 @@ Status run(SelectionParams p, int segment_blocks, const LaunchContext& context) 
   const std::int64_t num_tiles =
       (std::int64_t{p.q_len} + p.tiling.tile_tokens - 1) / p.tiling.tile_tokens;
   return launch<Config>(selection<Config>, {num_tiles, p.num_lists, p.batch}, p, context,
-                        SelectionMemory<Config>(p.tiling).bytes);
+                        static_cast<std::uint32_t>(SelectionMemory<Config>(p.tiling).bytes));
 }
 
 // Tiles of 128 rows read the units half as often as those of 64. They are for large groups, and

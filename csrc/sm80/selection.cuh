@@ -11,11 +11,12 @@
 
 #include <algorithm>
 
+#include "common/selection.cuh"
 #include "common/tile.cuh"
-#include "common/top_k.cuh"
 #include "common/units.cuh"
 #include "params.h"
 #include "sm80/matrix.cuh"
+#include "sm80/score_rows.cuh"
 
 namespace sparse_attn::sm80 {
 
@@ -37,30 +38,6 @@ struct SelectionConfig {
   static_assert(kHeadDim % 16 == 0 && kColumns % 16 == 0);
 };
 
-// Which rows of a tile belong to which token. A lane has the rows g, g + 8, g + 16 and g + 24 of
-// its warp's 32, where g = lane / 4: they are of one token as far as possible, then come the lanes
-// whose g differs in its low bits, and in groups of 64 rows a second warp.
-struct TokenRows {
-  int in_lane, lanes, warps;  // rows of a token in a lane, such lanes in a warp, and such warps
-  int per_warp;               // tokens of a warp
-
-  __device__ explicit TokenRows(int group_rows)
-      : in_lane(smaller(group_rows, 4)),
-        lanes(smaller(larger(group_rows / 4, 1), 8)),
-        warps(larger(group_rows / 32, 1)),
-        per_warp(larger(32 / group_rows, 1)) {}
-
-  // In the table of sums, which has a row for each token of each warp.
-  __device__ int table_row(int row) const {
-    return row / 32 * per_warp + row % 8 / lanes + 8 / lanes * (row % 32 / 8 / in_lane);
-  }
-  __device__ int slot(int row) const { return table_row(row) / warps; }
-  // Of the rows of a token.
-  __device__ int head(int row) const {
-    return row % 32 / 8 % in_lane + in_lane * (row % 8 % lanes) + 32 * (row / 32 % warps);
-  }
-};
-
 // Where a CTA keeps what in shared memory.
 template <class Config>
 struct SelectionMemory {
@@ -73,11 +50,12 @@ struct SelectionMemory {
   std::uint32_t scores;      // [tile_tokens, scores_pitch], of a segment's blocks
   std::uint32_t ranks;       // [tile_tokens, list_capacity]
   std::uint32_t blocks;      // as ranks
-  std::uint32_t bytes;
+  std::uint64_t bytes;
   int sums_pitch, scores_pitch;  // that spread what a warp reads or writes over the banks
 
   SPARSE_ATTN_HOST_DEVICE explicit SelectionMemory(const SelectionTiling& tiling) {
     const std::uint32_t tokens = tiling.tile_tokens;
+    const std::uint64_t list_bytes = std::uint64_t{4} * tokens * tiling.list_capacity;
     const int table_rows = Config::kRows / (tiling.group_rows < 32 ? tiling.group_rows : 32);
     sums_pitch = table_rows + 4;
     scores_pitch = tiling.segment_blocks | 1;
@@ -88,34 +66,9 @@ struct SelectionMemory {
     sums = Config::kHoldsQuery ? query : query + Config::kQueryBytes;
     scores = sums + 4 * Config::kUnits * sums_pitch;
     ranks = scores + 4 * tokens * scores_pitch;
-    blocks = ranks + 4 * tokens * tiling.list_capacity;
-    bytes = blocks + 4 * tokens * tiling.list_capacity;
+    blocks = static_cast<std::uint32_t>(ranks + list_bytes);
+    bytes = scores + std::uint64_t{4} * tokens * scores_pitch + 2 * list_bytes;
     if (bytes < query + Config::kQueryBytes) bytes = query + Config::kQueryBytes;
-  }
-};
-
-// The query rows of a CTA: `num_tokens` neighbouring tokens, with the `group_size` query heads that
-// share list `list`.
-struct SelectionTile {
-  int batch, list, kv_head, group_size;
-  int first_token, num_tokens;
-
-  __device__ SelectionTile(const SelectionParams& p, int batch, int list, int index)
-      : batch(batch),
-        list(list),
-        kv_head(list / (p.num_lists / p.num_kv_heads)),
-        group_size(p.num_q_heads / p.num_lists),
-        first_token(index * p.tiling.tile_tokens),
-        num_tokens(smaller(p.q_len - first_token, p.tiling.tile_tokens)) {}
-
-  // In [batch, q_len, num_q_heads].
-  __device__ std::int64_t query_row(const SelectionParams& p, int slot, int head) const {
-    return (static_cast<std::int64_t>(batch) * p.q_len + first_token + slot) * p.num_q_heads +
-           list * group_size + head;
-  }
-  // In [batch, num_lists, q_len].
-  __device__ std::int64_t list_row(const SelectionParams& p, int slot) const {
-    return (static_cast<std::int64_t>(batch) * p.num_lists + list) * p.q_len + first_token + slot;
   }
 };
 
@@ -154,13 +107,12 @@ class UnitRing {
   __device__ std::uint32_t address() const { return base_ + stage_ * Config::kChunkBytes; }
   __device__ void fetch() {
     if (first_ >= end_) return;
-    const auto row_of = [&](int i) -> std::int64_t {
-      const int unit = first_ + i;
-      if (unit >= end_) return -1;
-      const std::int64_t batch = tile_.batch % p_.unit_batch;
-      return (batch * units_->count + unit) * p_.num_kv_heads + tile_.kv_head;
-    };
-    copy_rows<Config::kHeadDim, Config::kThreads>(address(), units_->keys, Config::kUnits, row_of);
+    const std::int64_t batch = tile_.batch % p_.unit_batch, stride = p_.num_kv_heads;
+    const std::int64_t first_row = (batch * units_->count + first_) * stride + tile_.kv_head;
+    const int count = end_ - first_;
+    copy_rows<Config::kHeadDim, Config::kThreads, Config::kUnits>(
+        {{units_->keys, address()}},
+        [&](int i) -> std::int64_t { return i < count ? first_row + i * stride : -1; });
     ptx::copy_commit();
   }
 
@@ -172,284 +124,30 @@ class UnitRing {
   std::uint32_t stage_ = 0;
 };
 
-// Of a warp's 32 rows: element [r / 2][c][2 (r % 2) + i] is row 8 r + lane / 4, column 8 c + 2
-// (lane % 4) + i.
+// Adds the sums of a chunk of units to the scores of a segment. Neighbouring threads have
+// neighbouring tokens.
 template <class Config>
-using Scores = float[2][Config::kColumns / 8][4];
-
-// Calls `use(element, r, column)` for each element of a lane.
-template <class Config, class Use>
-__device__ __forceinline__ void for_each_score(Scores<Config>& scores, Use use) {
-  SPARSE_ATTN_UNROLL
-  for (int r = 0; r < 4; ++r) {
-    SPARSE_ATTN_UNROLL
-    for (int c = 0; c < Config::kColumns / 8; ++c) {
-      SPARSE_ATTN_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        use(scores[r / 2][c][2 * (r % 2) + i], r, 8 * c + ptx::lane_index() % 4 * 2 + i);
-      }
-    }
-  }
-}
-
-// A warp's 32 rows of the query as the first operand of a product.
-template <class Config>
-class QueryRows {
- public:
-  __device__ explicit QueryRows(std::uint32_t rows)
-      : lane_row_(rows + ptx::lane_index() % 16 * kRowBytes<Config::kHeadDim> +
-                  ptx::lane_index() / 16 * 16) {
-    if constexpr (Config::kHoldsQuery) {
-      SPARSE_ATTN_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        SPARSE_ATTN_UNROLL
-        for (int k = 0; k < kSteps; ++k) held_[half][k] = load(half, k);
-      }
-    }
-  }
-
-  // scores += rows units^T.
-  __device__ void multiply(Scores<Config>& scores, std::uint32_t units) const {
-    constexpr int kBytes = kRowBytes<Config::kHeadDim>;
-    const int lane = ptx::lane_index();
-    const std::uint32_t lane_unit = units + (lane / 16 * 8 + lane % 8) * kBytes + lane / 8 % 2 * 16;
-    SPARSE_ATTN_UNROLL
-    for (int k = 0; k < kSteps; ++k) {
-      const ptx::Fragment4 rows[2] = {fragment(0, k), fragment(1, k)};
-      SPARSE_ATTN_UNROLL
-      for (int n = 0; n < Config::kColumns; n += 16) {
-        const ptx::Fragment4 y = ptx::load_matrix(lane_unit + n * kBytes + 32 * k);
-        SPARSE_ATTN_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          ptx::multiply_add<T>(scores[half][n / 8], rows[half].x, {y.x[0], y.x[1]});
-          ptx::multiply_add<T>(scores[half][n / 8 + 1], rows[half].x, {y.x[2], y.x[3]});
-        }
-      }
-    }
-  }
-
- private:
-  using T = typename Config::T;
-  static constexpr int kSteps = Config::kHeadDim / 16;
-
-  __device__ ptx::Fragment4 load(int half, int k) const {
-    return ptx::load_matrix(lane_row_ + 16 * half * kRowBytes<Config::kHeadDim> + 32 * k);
-  }
-  __device__ ptx::Fragment4 fragment(int half, int k) const {
-    if constexpr (Config::kHoldsQuery) return held_[half][k];
-    return load(half, k);
-  }
-
-  std::uint32_t lane_row_;
-  ptx::Fragment4 held_[2][Config::kHoldsQuery ? kSteps : 1];
-};
-
-// The running softmax of a lane's four rows over its own columns.
-template <class Config>
-struct RowStatistics {
-  float maximum[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
-  float sum[4] = {0, 0, 0, 0};
-
-  // scores: logits in base 2, -inf where hidden.
-  __device__ void add(Scores<Config>& scores) {
-    float largest[4] = {maximum[0], maximum[1], maximum[2], maximum[3]};
-    for_each_score<Config>(scores, [&](float x, int r, int) { largest[r] = fmaxf(largest[r], x); });
-    SPARSE_ATTN_UNROLL
-    for (int r = 0; r < 4; ++r) rescale(r, largest[r]);
-    for_each_score<Config>(
-        scores, [&](float x, int r, int) { sum[r] += ptx::exp2_approx(x - shift(maximum[r])); });
-  }
-  __device__ void merge(int r, float other_maximum, float other_sum) {
-    rescale(r, fmaxf(maximum[r], other_maximum));
-    sum[r] += other_sum * ptx::exp2_approx(other_maximum - shift(maximum[r]));
-  }
-  // Base 2; 0 for a row that saw nothing.
-  __device__ float lse(int r) const {
-    return sum[r] == 0 ? 0 : maximum[r] + ptx::log2_approx(sum[r]);
-  }
-
- private:
-  // The maximum of a row that has seen nothing is -inf, and -inf - -inf is NaN.
-  static __device__ float shift(float x) { return x == -INFINITY ? 0 : x; }
-  __device__ void rescale(int r, float largest) {
-    sum[r] *= ptx::exp2_approx(maximum[r] - shift(largest));
-    maximum[r] = largest;
-  }
-};
-
-// One of two probabilities, or both: the larger of two that are not negative is that with the
-// larger bits, and NaN is larger than all.
-template <bool kMax>
-__device__ __forceinline__ float reduce(float a, float b) {
-  if constexpr (!kMax) return a + b;
-  return ptx::bits_of(a) > ptx::bits_of(b) ? a : b;
-}
-
-// Reduces the probabilities of each token's rows, as far as they are in this warp, and writes them
-// to `to`, the place of the lane's first row and the warp's first column in the table of sums.
-template <class Config, bool kMax>
-__device__ __forceinline__ void reduce_rows(Scores<Config>& scores, const TokenRows& rows,
-                                            std::uint32_t to, int pitch) {
-  constexpr int kPairs = Config::kColumns / 8;
-  // Rows r and r + distance of a lane.
-  const auto join = [&](int r, int distance) {
-    SPARSE_ATTN_UNROLL
-    for (int c = 0; c < kPairs; ++c) {
-      SPARSE_ATTN_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        const int other = r + distance;
-        float& x = scores[r / 2][c][2 * (r % 2) + i];
-        x = reduce<kMax>(x, scores[other / 2][c][2 * (other % 2) + i]);
-      }
-    }
-  };
-  if (rows.in_lane >= 2) {
-    join(0, 1);
-    join(2, 1);
-  }
-  if (rows.in_lane == 4) join(0, 2);
-  SPARSE_ATTN_UNROLL
-  for (int others = 1; others < 8; others *= 2) {
-    if (others >= rows.lanes) break;
-    SPARSE_ATTN_UNROLL
-    for (int c = 0; c < kPairs; ++c) {
-      SPARSE_ATTN_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        float& x = scores[0][c][i];
-        x = reduce<kMax>(x, ptx::shuffle_xor(x, 4 * others));
-      }
-    }
-  }
-  // All lanes of a token have its sums now. Both numbers are powers of two.
-  const int other_lanes = rows.lanes - 1, other_rows = rows.in_lane - 1;
-  const int lane = ptx::lane_index();
-  if ((lane / 4 & other_lanes) != 0) return;
-  to += 4 * (lane % 4 * 2) * pitch;
-  SPARSE_ATTN_UNROLL
-  for (int r = 0; r < 4; ++r) {
-    if ((r & other_rows) != 0) continue;
-    SPARSE_ATTN_UNROLL
-    for (int c = 0; c < kPairs; ++c) {
-      SPARSE_ATTN_UNROLL
-      for (int i = 0; i < 2; ++i)
-        ptx::store_shared(to + 4 * (8 * c + i) * pitch, scores[r / 2][c][2 * (r % 2) + i]);
-    }
-    to +=
-        4 * 8;  // where a lane has rows of several tokens, all its rows are of other tokens' lanes
-  }
-}
-
-// Blocks whose scores are held together, and the units that they overlap as far as any query of the
-// tile sees them.
-struct Segment {
-  int first_block, end_block, first_unit, end_unit;
-};
-
-// The segment that starts with `first`, of the blocks before `end`: as many as there is room for,
-// but not so many that the last chunk of units would be all but empty.
-template <class Config>
-__device__ __forceinline__ Segment segment_from(const SelectionParams& p, int first, int end,
-                                                int num_units) {
-  if (first >= end) return {end, end, 0, 0};
-  const int first_unit = UnitRange(p.fine, p.block_size, first).first;
-  const auto end_unit = [&](int block) { return UnitRange(p.fine, p.block_size, block - 1).end; };
-  int stop = smaller(end - first, p.tiling.segment_blocks) + first;
-  if (stop < end) {
-    const int chunks = (end_unit(stop) - first_unit) / Config::kUnits;
-    const int fitting =
-        p.block_size.divide((first_unit + chunks * Config::kUnits) * p.fine.stride.value);
-    if (fitting > first) stop = smaller(stop, fitting);
-  }
-  return {first, stop, first_unit, smaller(end_unit(stop), num_units)};
-}
-
-// Adds the units [first, end) of a chunk to the scores of those blocks of a segment that they
-// overlap. `sum_of(unit)` is the token's sum. A thread has one token, and each `step`-th block from
-// `begin` on. A score of overlaps is larger than its definition by the stride: the order is the
-// same.
-template <class Config, class SumOf>
-__device__ __forceinline__ void pool_units(const SelectionParams& p, const Segment& segment,
-                                           int begin, int step, int first, int end,
-                                           std::uint32_t scores, SumOf sum_of) {
-  const bool takes_max = p.pooling == Pooling::kMax;
-  const int stop = smaller(segment.end_block, BlockRange(p.fine, p.block_size, end - 1).end);
-  begin += larger(segment.first_block, BlockRange(p.fine, p.block_size, first).first);
-  for (int block = begin; block < stop; block += step) {
-    const UnitRange units(p.fine, p.block_size, block);
-    const int from = larger(units.first, first), to = smaller(units.end, end);
-    if (from >= to) continue;
-    const std::uint32_t score = scores + 4 * (block - segment.first_block);
-    float value = from == units.first ? 0 : ptx::load_shared<float>(score);
-    for (int unit = from; unit < to; ++unit) {
-      const float x = sum_of(unit);
-      value = takes_max ? reduce<true>(value, x)
-                        : value + x * static_cast<float>(
-                                          num_shared_tokens(p.fine, p.block_size, unit, block));
-    }
-    ptx::store_shared(score, value);
-  }
-}
-
-// The running list of a token.
-template <class Config>
-__device__ __forceinline__ RunningTopK list_of(const SelectionParams& p,
-                                               const SelectionMemory<Config>& memory, int slot,
-                                               const ForcedBlocks& forced) {
-  const std::uint32_t base = ptx::shared_base();
-  const std::uint32_t list = 4 * slot * p.tiling.list_capacity;
-  return RunningTopK(base + memory.states + RunningTopK::kStateBytes * slot,
-                     base + memory.ranks + list, base + memory.blocks + list,
-                     p.tiling.list_capacity, p.top_k - forced.count());
-}
-
-// Merges the scores of a segment into the running list of a token.
-template <class Config>
-__device__ __forceinline__ void take_segment(const SelectionParams& p,
-                                             const SelectionMemory<Config>& memory, int slot,
-                                             int position, const Segment& segment) {
-  const ForcedBlocks forced(p, position);
-  const int visible = num_visible(p.fine, p.is_causal, position);
-  const int end = smaller(segment.end_block, num_scored_blocks(p.fine, p.block_size, visible));
-  const bool has_gaps = p.fine.stride.value > p.fine.size;  // some blocks may have no unit
-  RunningTopK list = list_of(p, memory, slot, forced);
-  const std::uint32_t scores = ptx::shared_base() + memory.scores + 4 * slot * memory.scores_pitch;
-  for (int base = segment.first_block; base < end; base += 32) {
-    const int block = base + ptx::lane_index();
-    bool is_candidate = block < end && !forced.has(block);
-    if (has_gaps && is_candidate) {
-      const UnitRange units(p.fine, p.block_size, block);
-      is_candidate = units.first < units.end;
-    }
-    const float score =
-        is_candidate ? ptx::load_shared<float>(scores + 4 * (block - segment.first_block)) : 0;
-    list.push(is_candidate ? rank_of(score) : 0, block);
-  }
-  list.store_state();
-}
-
-// Writes a token's list: the sinks, what was chosen before and after the local blocks, and these.
-template <class Config>
-__device__ __forceinline__ void write_list(const SelectionParams& p,
+__device__ __forceinline__ void pool_chunk(const SelectionParams& p,
                                            const SelectionMemory<Config>& memory,
-                                           const SelectionTile& tile, int slot, int position) {
-  const ForcedBlocks forced(p, position);
-  RunningTopK list = list_of(p, memory, slot, forced);
-  list.prune();
-  const int before = forced.num_sinks + list.count_below(forced.local_begin);
-  const int num_local = forced.local_end - forced.local_begin;
-  std::int32_t* to = p.indices + tile.list_row(p, slot) * p.top_k;
-  for (int i = ptx::lane_index(); i < p.top_k; i += 32) {
-    int block = -1;
-    if (i < forced.num_sinks) {
-      block = i;
-    } else if (i < before) {
-      block = list.block_at(i - forced.num_sinks);
-    } else if (i < before + num_local) {
-      block = forced.local_begin + i - before;
-    } else if (i < forced.count() + list.count()) {
-      block = list.block_at(i - forced.count());
-    }
-    ptx::store_global(to + i, block);
+                                           const TokenRows& rows, const Segment& segment,
+                                           int first) {
+  const int thread = static_cast<int>(threadIdx.x), tokens = p.tiling.tile_tokens;
+  const int log_tokens = ptx::highest_bit(tokens), slot = thread & (tokens - 1);
+  const std::uint32_t sums = ptx::shared_base() + memory.sums + 4 * slot * rows.warps,
+                      scores = ptx::shared_base() + memory.scores + 4 * slot * memory.scores_pitch;
+  const auto sum_at = [&](int unit, int warp) {
+    return ptx::load_shared<float>(sums + 4 * ((unit - first) * memory.sums_pitch + warp));
+  };
+  const auto pool = [&](auto sum_of) {
+    pool_units(p, segment, thread >> log_tokens, Config::kThreads >> log_tokens, first,
+               smaller(first + Config::kUnits, segment.end_unit), scores, sum_of);
+  };
+  if (rows.warps == 1) {
+    pool([&](int unit) { return sum_at(unit, 0); });
+  } else if (p.group_reduction == GroupReduction::kMax) {
+    pool([&](int unit) { return reduce<true>(sum_at(unit, 0), sum_at(unit, 1)); });
+  } else {
+    pool([&](int unit) { return reduce<false>(sum_at(unit, 0), sum_at(unit, 1)); });
   }
 }
 
@@ -463,6 +161,7 @@ __global__ void __launch_bounds__(Config::kThreads, 2)
   const SelectionMemory<Config> memory(p.tiling);
   const TokenRows rows(p.tiling.group_rows);
   const std::uint32_t base = ptx::shared_base();
+  const TokenLists lists = {base + memory.states, base + memory.ranks, base + memory.blocks};
   const int warp = ptx::warp_index(), lane = ptx::lane_index();
   const int row_warp = warp % Config::kRowWarps, column_warp = warp / Config::kRowWarps;
   const int first_row = 32 * row_warp + lane / 4;  // of a lane's; the others follow at 8, 16, 24
@@ -470,8 +169,8 @@ __global__ void __launch_bounds__(Config::kThreads, 2)
     return rows.slot(row) < tile.num_tokens && rows.head(row) < tile.group_size;
   };
 
-  copy_rows<Config::kHeadDim, Config::kThreads>(
-      base + memory.query, p.query, kRows, [&](int row) -> std::int64_t {
+  copy_rows<Config::kHeadDim, Config::kThreads, kRows>(
+      {{p.query, base + memory.query}}, [&](int row) -> std::int64_t {
         return is_row(row) ? tile.query_row(p, rows.slot(row), rows.head(row)) : -1;
       });
   ptx::copy_commit();
@@ -482,8 +181,7 @@ __global__ void __launch_bounds__(Config::kThreads, 2)
     const std::int64_t row = tile.batch % p.position_batch;
     const int position = ptx::load_global(p.positions + row * p.q_len + tile.first_token + slot);
     ptx::store_shared(base + memory.positions + 4 * slot, position);
-    RunningTopK::store_empty(base + memory.states + RunningTopK::kStateBytes * slot,
-                             p.top_k - ForcedBlocks(p, position).count());
+    lists.clear(p, slot, ForcedBlocks(p, position));
   }
   ptx::copy_wait<0>();
   ptx::sync_threads();  // query, positions and states are there
@@ -547,38 +245,7 @@ __global__ void __launch_bounds__(Config::kThreads, 2)
     });
   }
   float lse[4];
-  SPARSE_ATTN_UNROLL
-  for (int r = 0; r < 4; ++r) {
-    SPARSE_ATTN_UNROLL
-    for (int distance = 1; distance < 4; distance *= 2) {
-      const float maximum = ptx::shuffle_xor(statistics.maximum[r], distance);
-      const float sum = ptx::shuffle_xor(statistics.sum[r], distance);
-      statistics.merge(r, maximum, sum);
-    }
-    if constexpr (Config::kColumnWarps == 1) lse[r] = statistics.lse(r);
-  }
-  if constexpr (Config::kColumnWarps > 1) {
-    const auto place = [&](int r, int warp) {
-      return base + memory.statistics + 8 * ((first_row + 8 * r) * Config::kColumnWarps + warp);
-    };
-    SPARSE_ATTN_UNROLL
-    for (int r = 0; r < 4; ++r) {
-      if (lane % 4 != 0) continue;
-      ptx::store_shared(place(r, column_warp), statistics.maximum[r]);
-      ptx::store_shared(place(r, column_warp) + 4, statistics.sum[r]);
-    }
-    ptx::sync_threads();  // the statistics of all column warps are there
-    SPARSE_ATTN_UNROLL
-    for (int r = 0; r < 4; ++r) {
-      // In the same order by all, so that all get the same.
-      RowStatistics<Config> all;
-      for (int other = 0; other < Config::kColumnWarps; ++other) {
-        all.merge(r, ptx::load_shared<float>(place(r, other)),
-                  ptx::load_shared<float>(place(r, other) + 4));
-      }
-      lse[r] = all.lse(r);
-    }
-  }
+  find_lse<Config>(lse, statistics, base + memory.statistics, first_row, column_warp);
   SPARSE_ATTN_UNROLL
   for (int r = 0; r < 4; ++r) {
     // Rows that are none add nothing to a token's sum.
@@ -588,33 +255,11 @@ __global__ void __launch_bounds__(Config::kThreads, 2)
   const int fine_seen_by_all = num_visible(p.fine, p.is_causal, earliest);
   const int fine_seen_by_any = num_visible(p.fine, p.is_causal, latest);
   const int end_block = num_scored_blocks(p.fine, p.block_size, fine_seen_by_any);
-  const std::uint32_t sums = base + memory.sums;
   const std::uint32_t own_sums =
-      sums + 4 * (rows.table_row(first_row) + column_warp * Config::kColumns * memory.sums_pitch);
-  // In pooling, neighbouring threads have neighbouring tokens.
-  const int thread = static_cast<int>(threadIdx.x), tokens = p.tiling.tile_tokens;
-  const int pooled_slot = thread % tokens, first_pooled = thread / tokens,
-            pooled_step = Config::kThreads / tokens;
-  const auto pool = [&](const Segment& segment, int first) {
-    const int end = smaller(first + Config::kUnits, segment.end_unit);
-    const std::uint32_t scores = base + memory.scores + 4 * pooled_slot * memory.scores_pitch;
-    const std::uint32_t own = sums + 4 * pooled_slot * rows.warps;
-    const auto sum_at = [&](int unit, int row) {
-      return ptx::load_shared<float>(own + 4 * ((unit - first) * memory.sums_pitch + row));
-    };
-    const auto pool_with = [&](auto sum_of) {
-      pool_units<Config>(p, segment, first_pooled, pooled_step, first, end, scores, sum_of);
-    };
-    if (rows.warps == 1) {
-      pool_with([&](int unit) { return sum_at(unit, 0); });
-    } else if (p.group_reduction == GroupReduction::kMax) {
-      pool_with([&](int unit) { return reduce<true>(sum_at(unit, 0), sum_at(unit, 1)); });
-    } else {
-      pool_with([&](int unit) { return reduce<false>(sum_at(unit, 0), sum_at(unit, 1)); });
-    }
-  };
+      base + memory.sums +
+      4 * (rows.table_row(first_row) + column_warp * Config::kColumns * memory.sums_pitch);
   const auto start_segment = [&](int first_block) {
-    const auto segment = segment_from<Config>(p, first_block, end_block, fine_seen_by_any);
+    const auto segment = segment_from<Config::kUnits>(p, first_block, end_block, fine_seen_by_any);
     ring.start(p.fine, segment.first_unit, segment.end_unit);
     return segment;
   };
@@ -630,16 +275,18 @@ __global__ void __launch_bounds__(Config::kThreads, 2)
         reduce_rows<Config, false>(scores, rows, own_sums, memory.sums_pitch);
       }
       ptx::sync_threads();  // the sums of this chunk are there
-      pool(segment, first);
+      pool_chunk(p, memory, rows, segment, first);
     });
     ptx::sync_threads();  // the scores of this segment are there
     const Segment next = start_segment(segment.end_block);
-    for (int slot = warp; slot < tile.num_tokens; slot += Config::kWarps)
-      take_segment(p, memory, slot, position_at(slot), segment);
+    for (int slot = warp; slot < tile.num_tokens; slot += Config::kWarps) {
+      take_segment(p, lists, slot, position_at(slot), segment,
+                   base + memory.scores + 4 * slot * memory.scores_pitch);
+    }
     segment = next;
   }
   for (int slot = warp; slot < tile.num_tokens; slot += Config::kWarps)
-    write_list(p, memory, tile, slot, position_at(slot));
+    write_list(p, lists, tile, slot, position_at(slot));
 }
 
 // Query heads that share a list are padded to a power of two of rows.
@@ -650,21 +297,24 @@ inline int selection_group_rows(const SelectionParams& p) {
 }
 
 // Cuts the work so that two CTAs have room on a multiprocessor, or at least one. `segment_blocks`
-// is 0 for as many as there is room for. Without tokens in a tile, nothing fits.
+// is 0, or how many blocks a segment has at most. Without tokens in a tile, nothing fits.
 template <class Config>
 SelectionTiling selection_tiling(const SelectionParams& p, int segment_blocks) {
   constexpr int kFewestBlocks = 64, kSpareEntries = 64;
   SelectionTiling tiling{};
   tiling.group_rows = selection_group_rows(p);
   tiling.list_capacity = std::min(p.top_k, p.num_blocks) + kSpareEntries;
+  const int most_blocks = std::clamp(p.num_blocks, 1, kMostSharedBytes / 4);
   for (int tokens = Config::kRows / tiling.group_rows; tokens > 0; tokens /= 2) {
     tiling.tile_tokens = tokens;
-    for (const std::uint32_t room : {kMostSharedBytes / 2 - 1024, kMostSharedBytes}) {
-      tiling.segment_blocks = segment_blocks > 0 ? segment_blocks : std::max(p.num_blocks, 1);
+    for (const int room : {kMostSharedBytes / 2 - 1024, kMostSharedBytes}) {
+      int blocks = segment_blocks > 0 ? std::min(segment_blocks, most_blocks) : most_blocks;
       while (true) {
-        if (SelectionMemory<Config>(tiling).bytes <= room) return tiling;
-        if (segment_blocks > 0 || tiling.segment_blocks <= kFewestBlocks) break;
-        tiling.segment_blocks = std::max(kFewestBlocks, tiling.segment_blocks / 2);
+        tiling.segment_blocks = blocks;
+        if (SelectionMemory<Config>(tiling).bytes <= static_cast<std::uint64_t>(room))
+          return tiling;
+        if (blocks <= kFewestBlocks) break;
+        blocks = std::max(kFewestBlocks, blocks / 2);
       }
     }
   }

@@ -34,7 +34,6 @@ def select_from_units(
     Returns:
       int32 [batch, num_kv_heads (num_q_heads without a group reduction), q_len, top_k], ascending, -1 last.
     """
-    library.register()
     call = SELECT_PER_QUERY_HEAD if problem.group_reduction is None else SELECT
     (indices,) = call(
         query,
@@ -56,7 +55,6 @@ def select_from_units(
         group_reduction=problem.group_reduction or "none",
         is_causal=problem.is_causal,
         segment_blocks=np.int32(segment_blocks or 0),
-        seed=library.seed(),
-        arch=np.int32(80),
+        **library.call_attributes(problem),
     )
     return indices
