@@ -14,6 +14,8 @@ from sparse_attn_jax import planning
 from sparse_attn_jax.implementations.cuda import library
 from sparse_attn_jax.implementations.cuda.planning import add_inverse, build_plan
 
+pytestmark = pytest.mark.kernels
+
 
 @pytest.fixture(autouse=True)
 def always_on_cpu(cuda_on_cpu):

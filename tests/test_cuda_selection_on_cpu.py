@@ -18,6 +18,8 @@ from sparse_attn_jax.scoring_problem import ScoringProblem
 from sparse_attn_jax.testing import selection_oracle as oracle
 from sparse_attn_jax.testing.selection_cases import CASES, make_problem
 
+pytestmark = pytest.mark.kernels
+
 # 50 blocks of 16 tokens, in units of 8 with overlaps of 4: short enough for many queries.
 SMALL = dict(kv_len=799, block_size=16, kernel_size=8, kernel_stride=4, coarse_kernel_size=32, coarse_kernel_stride=16)
 
