@@ -48,7 +48,7 @@ struct Thread {
   bool is_done = false;
   const char* waits_for = nullptr;
   Location waits_at;
-  std::function<std::string()> waits_detail;  // for the report of a deadlock; may be empty
+  std::function<std::string()> waits_detail;  // may be empty
   std::vector<AsyncCopy> open_copies;
   std::deque<std::vector<AsyncCopy>> copy_groups;  // committed, oldest first
 
@@ -132,7 +132,9 @@ class Cta {
   Races::Threads lanes(int warp) const;
 
   void run();
-  void wait(const char* what, Location location, std::function<std::string()> detail = {});
+  void wait(const char* what, Location location);
+  // `detail` adds to the report of a deadlock.
+  void wait(const char* what, Location location, std::function<std::string()> detail);
   void wake(int thread) { ready_.push_back(thread); }
   // Something that happens at any time from now on.
   void happen_later(std::function<void()> event) { events_.push_back(std::move(event)); }

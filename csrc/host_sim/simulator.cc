@@ -95,13 +95,18 @@ void Cta::run() {
   check_warpgroups_at_end(*this);
 }
 
-void Cta::wait(const char* what, Location location, std::function<std::string()> detail) {
+void Cta::wait(const char* what, Location location) {
   Thread& self = thread();
   self.waits_for = what;
   self.waits_at = location;
-  self.waits_detail = std::move(detail);
   Fiber::suspend();
   self.waits_for = nullptr;
+}
+
+void Cta::wait(const char* what, Location location, std::function<std::string()> detail) {
+  thread().waits_detail = std::move(detail);
+  wait(what, location);
+  thread().waits_detail = nullptr;
 }
 
 void Cta::set_landing(std::uint32_t address, std::size_t bytes, int what) {

@@ -74,51 +74,54 @@ struct Softmax {
   float maximum[2] = {-INFINITY, -INFINITY};  // of the logits in base 2
   float sum[2] = {0, 0};                      // of this thread's columns only
 
-  // scores: logits in base 2, -inf where hidden; they become probabilities. `factors` are those of
-  // what was summed so far.
+  // scores: times `unit`, which is positive, logits in base 2; -inf where hidden. They become
+  // probabilities. `factors` are those of what was summed so far.
   template <int kColumns>
-  __device__ __forceinline__ void update(float (&scores)[kColumns][4], float (&factors)[2]) {
+  __device__ __forceinline__ void update(float (&scores)[kColumns][4], float unit,
+                                         float (&factors)[2]) {
     SPARSE_ATTN_UNROLL
     for (int half = 0; half < 2; ++half) {
-      float largest = maximum[half];
+      float largest = -INFINITY;
       SPARSE_ATTN_UNROLL
       for (auto& column : scores)
         largest = fmaxf(largest, fmaxf(column[2 * half], column[2 * half + 1]));
       largest = fmaxf(largest, ptx::shuffle_xor(largest, 1));
-      largest = fmaxf(largest, ptx::shuffle_xor(largest, 2));
+      largest = fmaxf(maximum[half], fmaxf(largest, ptx::shuffle_xor(largest, 2)) * unit);
       const float shift = largest == -INFINITY ? 0 : largest;
       factors[half] = ptx::exp2_approx(maximum[half] - shift);
       maximum[half] = largest;
       sum[half] *= factors[half];
       SPARSE_ATTN_UNROLL
       for (auto& column : scores) {
-        column[2 * half] = ptx::exp2_approx(column[2 * half] - shift);
-        column[2 * half + 1] = ptx::exp2_approx(column[2 * half + 1] - shift);
+        column[2 * half] = ptx::exp2_approx(column[2 * half] * unit - shift);
+        column[2 * half + 1] = ptx::exp2_approx(column[2 * half + 1] * unit - shift);
         sum[half] += column[2 * half] + column[2 * half + 1];
       }
     }
   }
 };
 
-// Products become logits in base 2, but for the bias.
-template <int kColumns>
-__device__ __forceinline__ void scale_scores(const AttentionInputs& in,
-                                             float (&scores)[kColumns][4]) {
-  if (in.logits_soft_cap == 0) {
-    const float scale = in.scale * kLog2E;
-    SPARSE_ATTN_UNROLL
-    for (auto& column : scores) {
-      SPARSE_ATTN_UNROLL
-      for (float& score : column) score *= scale;
-    }
-  } else {
+// What becomes of products before the softmax: nothing, if one factor turns them into logits in
+// base 2; else these logits, but for the bias.
+struct Scores {
+  const AttentionInputs& in;
+  bool is_product;
+
+  __device__ explicit Scores(const AttentionInputs& in)
+      : in(in), is_product(in.logits_soft_cap == 0 && in.key_bias == nullptr && in.scale > 0) {}
+
+  __device__ float unit() const { return is_product ? in.scale * kLog2E : 1; }
+
+  template <int kColumns>
+  __device__ __forceinline__ void convert(float (&scores)[kColumns][4]) const {
+    if (is_product) return;
     SPARSE_ATTN_UNROLL
     for (auto& column : scores) {
       SPARSE_ATTN_UNROLL
       for (float& score : column) score = logit(in, score, 0).base2;
     }
   }
-}
+};
 
 // What the consumers do with a slice, from `step` on, where its chunks start. Returns the step
 // after the one that ends them.
@@ -138,10 +141,11 @@ __device__ __forceinline__ int attend_to_slice(const AttentionForwardParams& p, 
   Sums<kKeys> scores;
   Factors<kKeys> probs;
   Softmax softmax;
+  const Scores conversion(in);
 
   // Masks the scores of a chunk, whose products have been waited for, and releases its keys.
   const auto mask = [&](ChunkKind kind) {
-    scale_scores(in, scores);
+    conversion.convert(scores);
     if (kind != ChunkKind::kPlain) {
       const std::uint32_t seen = visit_scores(
           in, tile, stream, step, rows, [&](int column, int place, bool is_visible, float bias) {
@@ -176,7 +180,7 @@ __device__ __forceinline__ int attend_to_slice(const AttentionForwardParams& p, 
     while (true) {
       mask(kind);
       float factors[2];
-      softmax.update(scores, factors);
+      softmax.update(scores, conversion.unit(), factors);
       ptx::warpgroup_wait<0>(out);
       if (step > first_step) stream.release_values(step - 1);
       SPARSE_ATTN_UNROLL

@@ -223,8 +223,8 @@ TensorMap map_of_keys(const void* keys, const AttentionShape& shape, int keys_of
                                M::kSwizzle);
 }
 
-// Tokens and heads of which a slice of 64 rows of a tile consists, if `Tile` has whole tokens or
-// whole parts of one in each: fewer tokens where the tile has fewer rows.
+// Tokens and heads of which a slice of 64 rows of a tile consists: all of the tile, whole tokens,
+// or a part of one token's heads.
 struct SliceBox {
   int tokens, heads;
 
