@@ -234,7 +234,7 @@ struct SliceBox {
     const int most = kProductRows / heads;
     tokens = plan.tile_size < most ? plan.tile_size : most;
   }
-  __device__ int rows() const { return tokens * heads; }
+  SPARSE_ATTN_HOST_DEVICE int rows() const { return tokens * heads; }
 };
 
 // Queries or what has their shape: coordinates (element, head of the group, kv_head, token, batch),
