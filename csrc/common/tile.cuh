@@ -6,8 +6,10 @@
 
 #if SPARSE_ATTN_HOST_SIM
 #define SPARSE_ATTN_UNROLL
+#define SPARSE_ATTN_NO_UNROLL
 #else
 #define SPARSE_ATTN_UNROLL _Pragma("unroll")
+#define SPARSE_ATTN_NO_UNROLL _Pragma("unroll 1")
 #endif
 
 namespace sparse_attn {
