@@ -1,5 +1,6 @@
 """Settings that have to be made before jax is imported, and hypothesis profiles."""
 
+import ctypes
 import os
 import shutil
 
@@ -24,3 +25,17 @@ def cpp_compiler() -> str:
         assert not os.environ.get("CI"), "CI needs g++"
         pytest.skip("needs g++, of version 12 or newer")
     return found
+
+
+@pytest.fixture
+def cuda_on_cpu(cpp_compiler, monkeypatch) -> None:
+    """`implementation="cuda"` runs on the simulator."""
+    monkeypatch.setenv("SPARSE_ATTN_HOST_SIM", os.environ.get("SPARSE_ATTN_HOST_SIM", "1"))
+
+
+@pytest.fixture(scope="session")
+def simulated_kernels(cpp_compiler) -> ctypes.CDLL:
+    """The library that the simulator runs: handlers for platform "cpu"."""
+    from sparse_attn_jax.implementations.cuda import host_sim
+
+    return ctypes.CDLL(str(host_sim.build()))

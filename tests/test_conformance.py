@@ -73,7 +73,13 @@ def small_steps(monkeypatch):
     monkeypatch.setattr(config, "CHUNK_KEYS", 32)
 
 
-@pytest.mark.usefixtures("small_steps")
+@pytest.fixture
+def simulator(implementation, request):
+    if implementation == "cuda":
+        request.getfixturevalue("cuda_on_cpu")
+
+
+@pytest.mark.usefixtures("small_steps", "simulator")
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_attention_matches_oracle(case: Case, implementation: str):

@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
-import os
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,14 +17,21 @@ from sparse_attn_jax.testing import compare
 from sparse_attn_jax.testing.cases import CASES, Case, case_named
 from sparse_attn_jax.testing.inputs import Inputs, make_inputs
 
-MAX_ROWS = 64
+pytestmark = pytest.mark.kernels
 
 
-@pytest.fixture(autouse=True, params=["sm80", "sm90"])
-def cuda_on_cpu(cpp_compiler, monkeypatch, request):
-    """`implementation="cuda"` runs on the simulator, with the kernels of one folder."""
-    monkeypatch.setenv(library.HOST_SIM, os.environ.get(library.HOST_SIM, "1"))
-    monkeypatch.setenv(library.ARCH, request.param)
+# Tests of the kernels themselves: of both folders.
+each_arch = pytest.mark.parametrize("arch", ["sm80", "sm90"])
+
+
+@pytest.fixture
+def arch() -> str:
+    return "sm80"
+
+
+@pytest.fixture(autouse=True)
+def kernels_of_arch(cuda_on_cpu, arch, monkeypatch):
+    monkeypatch.setenv(library.ARCH, arch)
 
 
 def as_kernels_take_it(case: Case) -> Case | None:
@@ -70,6 +78,7 @@ def assert_same(actual: compare.Results, expected: compare.Results) -> None:
         np.testing.assert_array_equal(actual[name], expected[name], err_msg=name)
 
 
+@each_arch
 @pytest.mark.parametrize("case", TAKEN, ids=lambda case: case.name)
 def test_attention_matches_oracle(case):
     inputs = make_inputs(case)
@@ -80,6 +89,7 @@ def test_most_cases_are_taken():
     assert len(TAKEN) > 0.9 * len(CASES)
 
 
+@each_arch
 @pytest.mark.parametrize("name", ["everything", "group16_bf16_d128"])
 def test_order_of_blocks_and_threads_changes_nothing(name, monkeypatch):
     inputs = small_case(name)
@@ -89,6 +99,7 @@ def test_order_of_blocks_and_threads_changes_nothing(name, monkeypatch):
         assert_same(results_of(inputs), expected)
 
 
+@each_arch
 @pytest.mark.parametrize("bad_id", [-(2**31), -5, 6, 2**28, 2**31 - 1])
 def test_plan_that_names_blocks_that_do_not_exist(bad_id):
     """2**28 blocks of 16 keys are 2**32 keys, which is 0 in 32 bits."""
@@ -120,6 +131,7 @@ def test_plan_that_names_blocks_that_do_not_exist(bad_id):
     assert_same(results_of(inputs, jax.tree.map(jnp.asarray, bad)), expected)
 
 
+@each_arch
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("operand", ["key", "value"])
 def test_bad_numbers_in_keys_that_no_query_sees(operand, value):
@@ -145,9 +157,60 @@ def test_handler_refuses_wrong_shapes(monkeypatch):
         results_of(small_case("group2_bf16"))
 
 
+# --- random calls ---
+
+PER_HEAD = st.integers(0, 80)
+
+
+@st.composite
+def random_cases(draw) -> Case:
+    """Any sizes and options, with lists that hold what no list should."""
+    num_kv_heads, group_size = draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 2, 3, 4, 5, 8, 16]))
+    num_q_heads = num_kv_heads * group_size
+    sides = st.one_of(st.none(), PER_HEAD, st.tuples(*[PER_HEAD] * num_q_heads))
+    batch = draw(st.integers(1, 2))
+    return Case(
+        name="random",
+        special="",
+        batch=batch,
+        q_len=draw(st.integers(1, 70)),
+        kv_len=draw(st.integers(1, 140)),
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=draw(st.sampled_from([64, 64, 64, 96, 128, 256])),
+        dtype=draw(st.sampled_from(["bfloat16", "float16"])),
+        indices="hostile",
+        num_slots=draw(st.integers(1, 9)),
+        q_block_size=draw(st.sampled_from([1, 1, 5, 16, 32, 64, 128])),
+        kv_block_size=draw(st.sampled_from([16, 32, 64, 128])),
+        selection_heads=draw(st.sampled_from([1, num_kv_heads, num_q_heads])),
+        selection_batch=draw(st.sampled_from([1, batch])),
+        is_causal=draw(st.booleans()),
+        q_offset=draw(st.one_of(st.none(), st.integers(-20, 150), st.tuples(*[st.integers(-20, 150)] * batch))),
+        local_window_size=draw(st.one_of(st.none(), st.tuples(sides, sides))),
+        num_sinks=draw(st.one_of(st.just(0), PER_HEAD)),
+        num_segments=draw(st.sampled_from([0, 0, 3])),
+        has_key_bias=draw(st.booleans()),
+        has_lse_gradient=draw(st.booleans()),
+        scale=draw(st.sampled_from([None, 0.0, 0.3])),
+        logits_soft_cap=draw(st.sampled_from([None, None, 2.0])),
+    )
+
+
+@each_arch
+@hypothesis.given(random_cases())
+@hypothesis.settings(max_examples=25, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+def test_random_calls_match_oracle(case):
+    inputs = make_inputs(case)
+    # With one key per query the gradients of query and key are 0: sums that cancel, of which nothing but rounding is left.
+    hypothesis.assume(compare.mask_of(inputs).sum(-1).max() != 1)
+    compare.assert_results_match(results_of(inputs), inputs)
+
+
 # --- plans of any kind ---
 
 
+@each_arch
 @pytest.mark.parametrize("tile_size", [1, 7, 24, 60])
 def test_tiles_of_any_size(tile_size):
     """More rows than a thread block computes on, 8 times the 64 at most, or few."""
@@ -155,6 +218,7 @@ def test_tiles_of_any_size(tile_size):
     compare.assert_results_match(results_of(inputs, make_plan(inputs, tile_size)), inputs)
 
 
+@each_arch
 @pytest.mark.parametrize(("num_q_heads", "selection_heads"), [(64, 64), (128, 1), (128, 128), (96, 1)])
 def test_more_heads_of_a_token_than_rows(num_q_heads, selection_heads):
     """All heads of one KV head; with a list for each, more than the bits of a word."""
@@ -163,6 +227,7 @@ def test_more_heads_of_a_token_than_rows(num_q_heads, selection_heads):
     compare.assert_results_match(results_of(inputs), inputs)
 
 
+@each_arch
 @pytest.mark.parametrize(("name", "entries"), [("everything", 30), ("group2_bf16", 9)])
 def test_long_lists_are_walked_in_parts(name, entries, monkeypatch):
     inputs = small_case(name)
@@ -198,6 +263,7 @@ def stack(trees):
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
+@each_arch
 @pytest.mark.parametrize("mapped", ["operands", "selection", "both", "query", "key_value"])
 def test_vmap_folds_into_the_batch(mapped):
     inputs = small_case("group2_bf16")
@@ -329,6 +395,21 @@ def test_reason_of_a_missing_simulator(monkeypatch, tmp_path):
     monkeypatch.setenv(library.HOST_SIM, str(tmp_path / "nothing.so"))
     with pytest.raises(NotImplementedError, match="no kernels: there is no simulator library '.*nothing.so'"):
         attend_with(inputs)(**inputs.operands)
+
+
+def test_library_that_jaxlib_refuses(monkeypatch):
+    monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda *_, **__: (_ for _ in ()).throw(ValueError("API 9.9")))
+    with pytest.raises(RuntimeError, match=r"does not take the CUDA kernels.*API 9\.9.*pip install"):
+        library._register(dict.fromkeys(library.CUSTOM_CALL_TARGETS), "CUDA")
+
+
+def test_library_that_does_not_load(monkeypatch, tmp_path):
+    (tmp_path / "broken_kernels.py").write_text("raise ImportError('undefined symbol: x')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(library, "MODULE", "broken_kernels")
+    library._load_module.cache_clear()
+    with pytest.raises(ImportError, match="do not load: undefined symbol: x.*pip install"):
+        library.load("gpu")
 
 
 def test_kernels_of_a_folder_by_name(monkeypatch):

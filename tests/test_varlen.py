@@ -26,9 +26,11 @@ class PackedCase:
     extra_tokens: int = 0  # after the last sequence, in none
     num_q_heads: int = 4
     num_kv_heads: int = 2
+    head_dim: int = 32
     value_head_dim: int = 32
     dtype: str = "float32"
     selection_heads: int = 2
+    kv_block_size: int = 8
     per_sequence: bool = False  # one batch row of lists per sequence, instead of the rows of all one after another
     q_block_size: int = 1
     num_slots: int = 3
@@ -89,8 +91,8 @@ def make_packed(case: PackedCase) -> Packed:
     rng = np.random.default_rng(len(case.name))
     q_tokens, kv_tokens = (sum(lengths) + case.extra_tokens for lengths in (case.q_lengths, case.kv_lengths))
     shapes = dict(
-        query=(q_tokens, case.num_q_heads, 32),
-        key=(kv_tokens, case.num_kv_heads, 32),
+        query=(q_tokens, case.num_q_heads, case.head_dim),
+        key=(kv_tokens, case.num_kv_heads, case.head_dim),
         value=(kv_tokens, case.num_kv_heads, case.value_head_dim),
     )
     operands = {name: jnp.asarray(rng.standard_normal(shape), case.dtype) for name, shape in shapes.items()}
@@ -117,12 +119,13 @@ def make_selection(case: PackedCase, q_tokens: int) -> sa.BlockSelection:
         kv_len=45,
         num_slots=case.num_slots,
         q_block_size=1,
-        kv_block_size=8,
+        kv_block_size=case.kv_block_size,
         seed=len(case.name),
     )
     phase = jnp.arange(case.num_q_heads, dtype=jnp.int32)
     predicate = None if case.predicate_stride is None else DilatedPredicate(phase, stride=case.predicate_stride)
-    return sa.BlockSelection(jnp.asarray(indices), q_block_size=case.q_block_size, kv_block_size=8, predicate=predicate)
+    sizes = dict(q_block_size=case.q_block_size, kv_block_size=case.kv_block_size)
+    return sa.BlockSelection(jnp.asarray(indices), **sizes, predicate=predicate)
 
 
 def cumulative(lengths) -> jax.Array:
@@ -167,22 +170,33 @@ def mask_of(case: PackedCase, packed: Packed) -> np.ndarray:
         q_len=packed.operands["query"].shape[0],
         kv_len=packed.operands["key"].shape[0],
         q_block_size=case.q_block_size,
-        kv_block_size=8,
+        kv_block_size=case.kv_block_size,
         predicate=packed.selection.predicate,
         **options,
     )
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_varlen_matches_oracle(case: PackedCase):
+def check_against_oracle(case: PackedCase, implementation: str) -> None:
     packed = make_packed(case)
     inputs = with_batch(packed)
-    run = compare.forward_and_backward(attend_packed(packed))
+    run = compare.forward_and_backward(attend_packed(packed, implementation=implementation))
     results = run(inputs.operands, inputs.d_out, inputs.d_lse)
     compare.assert_results_match(results, inputs, mask_of(case, packed))
     again = run(inputs.operands, inputs.d_out, inputs.d_lse)
     for name in results:
         np.testing.assert_array_equal(again[name], results[name], err_msg=name)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_varlen_matches_oracle(case: PackedCase):
+    check_against_oracle(case, "xla")
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.predicate_stride is None], ids=lambda case: case.name)
+def test_cuda_kernels_match_oracle(case: PackedCase, cuda_on_cpu):
+    """With the nearest dtype and sizes that the kernels have."""
+    dtype = "float16" if case.dtype == "float32" else case.dtype
+    check_against_oracle(dataclasses.replace(case, dtype=dtype, head_dim=64, value_head_dim=64, kv_block_size=16), "cuda")
 
 
 @pytest.mark.parametrize("case", ["per_token_causal", "q_block16"])

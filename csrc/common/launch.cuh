@@ -15,8 +15,27 @@
 
 namespace sparse_attn {
 
+template <class Config>
+bool add_kernel_info() {
+  const std::unique_ptr<char, void (*)(void*)> name(
+      abi::__cxa_demangle(typeid(Config).name(), nullptr, nullptr, nullptr), std::free);
+  int shared_bytes = -1;
+  if constexpr (requires { Config::kSharedBytes; }) shared_bytes = Config::kSharedBytes;
+  kernel_infos().push_back({name.get(), Config::kThreads, shared_bytes});
+  return true;
+}
+
+// Adds to the list when the library is loaded.
+template <class Config>
+inline const bool kIsListed = add_kernel_info<Config>();
+
 struct Grid {
   std::int64_t x, y, z;  // blocks
+
+  template <class Shape>
+  Shape as() const {
+    return {static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z)};
+  }
 };
 
 #if SPARSE_ATTN_HOST_SIM
@@ -35,7 +54,8 @@ constexpr int registers_of() {
 // No allocation, no synchronisation: a launch may be captured into a CUDA graph.
 template <class Config, class Params>
 Status launch(void (*kernel)(Params), const Grid& grid, const Params& params,
-              const LaunchContext& context) {
+              const LaunchContext& context, std::uint32_t shared_bytes = Config::kSharedBytes) {
+  static_cast<void>(kIsListed<Config>);
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return {};
   if (grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535) {
     return "a grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " +
@@ -43,30 +63,27 @@ Status launch(void (*kernel)(Params), const Grid& grid, const Params& params,
            " blocks (tiles or keys, num_kv_heads, batch); the largest is " +
            "2147483647 x 65535 x 65535";
   }
-  const auto x = static_cast<unsigned>(grid.x), y = static_cast<unsigned>(grid.y),
-             z = static_cast<unsigned>(grid.z);
 #if SPARSE_ATTN_HOST_SIM
   try {
-    host_sim::launch({x, y, z}, {Config::kThreads},
-                     {.seed = context.seed,
-                      .shared_bytes = Config::kSharedBytes,
-                      .registers = registers_of<Config>()},
-                     context.buffers, [&] { kernel(params); });
+    host_sim::launch(
+        grid.as<host_sim::Dim3>(), {Config::kThreads},
+        {.seed = context.seed, .shared_bytes = shared_bytes, .registers = registers_of<Config>()},
+        context.buffers, [&] { kernel(params); });
   } catch (const host_sim::Error& error) {
     return error.what();
   }
 #else
   cudaError_t error = cudaSuccess;
   // What a block may have without asking.
-  if constexpr (Config::kSharedBytes > 48 * 1024) {
+  if (shared_bytes > 48 * 1024) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 Config::kSharedBytes);
+                                 static_cast<int>(shared_bytes));
   }
   if (error == cudaSuccess) {
     cudaLaunchConfig_t config{};
-    config.gridDim = {x, y, z};
+    config.gridDim = grid.as<dim3>();
     config.blockDim = {Config::kThreads};
-    config.dynamicSmemBytes = Config::kSharedBytes;
+    config.dynamicSmemBytes = shared_bytes;
     config.stream = context.stream;
     error = cudaLaunchKernelEx(&config, kernel, params);
   }
@@ -90,13 +107,6 @@ inline int num_multiprocessors() {
 #endif
 }
 
-template <class Config>
-KernelInfo kernel_info() {
-  const std::unique_ptr<char, void (*)(void*)> name(
-      abi::__cxa_demangle(typeid(Config).name(), nullptr, nullptr, nullptr), std::free);
-  return {name.get(), Config::kThreads, Config::kSharedBytes};
-}
-
 // Kernels that run one after the other. Each has a `Config`, an entry `kKernel`, and the `grid` of
 // its parameters.
 template <class... Kernels>
@@ -111,10 +121,6 @@ struct Sequence {
     };
     static_cast<void>((start.template operator()<Kernels>() && ...));
     return status;
-  }
-
-  static void list(std::vector<KernelInfo>& kernels) {
-    (kernels.push_back(kernel_info<typename Kernels::Config>()), ...);
   }
 };
 

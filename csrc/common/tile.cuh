@@ -4,14 +4,6 @@
 #include "common/ptx.cuh"
 #include "params.h"
 
-#if SPARSE_ATTN_HOST_SIM
-#define SPARSE_ATTN_UNROLL
-#define SPARSE_ATTN_NO_UNROLL
-#else
-#define SPARSE_ATTN_UNROLL _Pragma("unroll")
-#define SPARSE_ATTN_NO_UNROLL _Pragma("unroll 1")
-#endif
-
 namespace sparse_attn {
 
 // A tile's rows are (token, query head of the group), token-major. A kernel computes on a slice of

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <optional>
+#include <sstream>
 #include <string>
 #include <utility>
 #include <vector>
@@ -35,8 +36,10 @@ class Checker {
     }
   }
   void dtype(const char* name, const ffi::AnyBuffer& x, ffi::DataType expected) {
-    if (!error_ && x.element_type() != expected)
-      error_ = std::string(name) + " has the wrong dtype";
+    if (error_ || x.element_type() == expected) return;
+    std::ostringstream text;
+    text << name << " has dtype " << x.element_type() << "; needed is " << expected;
+    error_ = text.str();
   }
   void fail(std::string what) {
     if (!error_) error_ = std::move(what);
@@ -56,12 +59,23 @@ class Call {
   Call(ffi::RemainingArgs args, ffi::RemainingRets rets, std::vector<const char*> names,
        std::size_t num_results)
       : names_(std::move(names)) {
-    check.require(args.size() + num_results == names_.size() && rets.size() == num_results,
-                  "wrong number of arguments or results");
-    if (check.error()) return;
+    const std::size_t num_args = names_.size() - num_results;
+    if (args.size() != num_args || rets.size() != num_results) {
+      check.fail(std::to_string(args.size()) + " arguments and " + std::to_string(rets.size()) +
+                 " results; needed are " + std::to_string(num_args) + " and " +
+                 std::to_string(num_results));
+      return;
+    }
     for (std::size_t i = 0; i < args.size(); ++i) arrays_.push_back(*args.get<ffi::AnyBuffer>(i));
     num_args_ = arrays_.size();
     for (std::size_t i = 0; i < rets.size(); ++i) arrays_.push_back(**rets.get<ffi::AnyBuffer>(i));
+    for (std::size_t i = 0; i < arrays_.size(); ++i) {
+      const auto shape = arrays_[i].dimensions();
+      if (std::any_of(shape.begin(), shape.end(), [](auto size) { return size > INT32_MAX; })) {
+        check.fail(std::string(names_[i]) + " has shape " + shape_text(shape) +
+                   "; a dimension is at most 2147483647");
+      }
+    }
   }
 
   const ffi::AnyBuffer& operator[](const std::string& name) const { return arrays_[index(name)]; }
@@ -165,6 +179,9 @@ inline AttentionInputs read_inputs(Call& call, const Attributes& attributes) {
   check.require(tile_size % group_tokens == 0 && group_size % group_heads == 0,
                 "row groups must divide a tile");
   const auto& membership = call["membership"];
+  check.require(membership.element_count() == 0 || membership.dimensions().size() == 5,
+                "membership needs five dimensions");
+  if (check.error()) return in;
   const std::int64_t num_words =
       membership.element_count() == 0 ? 0 : membership.dimensions().back();
   const std::int64_t num_groups = tile_size / group_tokens * (group_size / group_heads);

@@ -116,85 +116,128 @@ std::optional<std::string> Races::check_word(const Word& word, Check& check) {
 void Races::note(Word& word, const Check& check, Id access) {
   if (check.action == Action::kOverwrite) return;
   if (check.action == Action::kWrite) {
-    word = {access, 0};
+    set_write(word, access);
     return;
   }
-  if (word.readers != 0 && readers_[word.readers].access == access) return;
-  std::uint32_t length = word.readers == 0 ? 0 : readers_[word.readers].length;
-  if (length >= 8 && (length & (length - 1)) == 0) {
-    // Readers that come before this one need not be remembered.
-    std::vector<Id> kept;
-    for (Id reader = word.readers; reader != 0; reader = readers_[reader].next) {
-      if (!is_ordered(accesses_[readers_[reader].access], check.by))
-        kept.push_back(readers_[reader].access);
-    }
-    word.readers = 0;
-    length = 0;
-    for (Id reader : kept) {
-      readers_.push_back({reader, word.readers, ++length});
-      word.readers = static_cast<Id>(readers_.size() - 1);
+  // Of the same actors' reads the last is enough; it is looked for among the first few.
+  constexpr int kLook = 4;
+  Id reader = word.readers;
+  for (int i = 0; i < kLook && reader != 0; ++i, reader = readers_[reader].next) {
+    const Threads& by = accesses_[readers_[reader].access].by;
+    if (by.first == accesses_[access].by.first && by.count == accesses_[access].by.count) {
+      readers_[reader].access = access;
+      return;
     }
   }
-  readers_.push_back({access, word.readers, length + 1});
-  word.readers = static_cast<Id>(readers_.size() - 1);
+  const std::uint32_t length = word.readers == 0 ? 0 : readers_[word.readers].length;
+  if (length >= 8 && (length & (length - 1)) == 0) {
+    // Readers that come before this one need not be remembered.
+    for (Id rest = std::exchange(word.readers, 0); rest != 0;) {
+      const Reader old = readers_[rest];
+      free_readers_.push_back(rest);
+      rest = old.next;
+      if (!is_ordered(accesses_[old.access], check.by)) add_reader(word, old.access);
+    }
+  }
+  add_reader(word, access);
+}
+
+void Races::set_write(Word& word, Id access) {
+  for (Id reader = word.readers; reader != 0; reader = readers_[reader].next)
+    free_readers_.push_back(reader);
+  word = {access, 0};
+}
+
+void Races::add_reader(Word& word, Id access) {
+  const std::uint32_t length = word.readers == 0 ? 0 : readers_[word.readers].length;
+  if (free_readers_.empty()) {
+    free_readers_.push_back(static_cast<Id>(readers_.size()));
+    readers_.emplace_back();
+  }
+  const Id added = free_readers_.back();
+  free_readers_.pop_back();
+  readers_[added] = {access, word.readers, length + 1};
+  word.readers = added;
+}
+
+// The words of a granule, which from now on are looked at one by one.
+Races::Split& Races::split(Word& granule) {
+  if (!(granule.write & kIsSplit)) {
+    if (free_splits_.empty()) {
+      free_splits_.push_back(static_cast<Id>(splits_.size()));
+      splits_.emplace_back();
+    }
+    const Id index = free_splits_.back();
+    free_splits_.pop_back();
+    for (Word& word : splits_[index]) {
+      word = {granule.write, 0};
+      for (Id reader = granule.readers; reader != 0; reader = readers_[reader].next)
+        add_reader(word, readers_[reader].access);
+    }
+    set_write(granule, kIsSplit | index);
+  }
+  return splits_[granule.write & ~kIsSplit];
+}
+
+void Races::merge(Word& granule, Id write) {
+  if (granule.write & kIsSplit) {
+    const Id index = granule.write & ~kIsSplit;
+    for (Word& word : splits_[index]) set_write(word, 0);
+    free_splits_.push_back(index);
+  }
+  set_write(granule, write);
 }
 
 std::optional<std::string> Races::check_and_note(std::uint32_t address, std::size_t bytes,
-                                                 Check check, Id access) {
+                                                 Check& check, Id access) {
   const std::size_t end = (address + bytes + kWordBytes - 1) / kWordBytes;
   for (std::size_t word = address / kWordBytes; word < end;) {
     Word& granule = granules_[word / kGranuleWords];
     const bool is_whole = word % kGranuleWords == 0 && end - word >= kGranuleWords;
     if (is_whole && !(granule.write & kIsSplit)) {
-      if (auto wrong = check_word(granule, check)) return wrong;
+      if (check.is_needed(granule)) {
+        if (auto wrong = check_word(granule, check)) return wrong;
+      }
       note(granule, check, access);
       word += kGranuleWords;
       continue;
     }
-    if (!(granule.write & kIsSplit)) {
-      Split split;
-      split.fill(granule);
-      if (free_splits_.empty()) {
-        free_splits_.push_back(static_cast<Id>(splits_.size()));
-        splits_.emplace_back();
-      }
-      splits_[free_splits_.back()] = split;
-      granule.write = kIsSplit | free_splits_.back();
-      free_splits_.pop_back();
-    }
-    const Id index = granule.write & ~kIsSplit;
+    Split& words = split(granule);
     const std::size_t stop = std::min(end, word / kGranuleWords * kGranuleWords + kGranuleWords);
     for (; word < stop; ++word) {
-      Word& part = splits_[index][word % kGranuleWords];
-      if (auto wrong = check_word(part, check)) return wrong;
+      Word& part = words[word % kGranuleWords];
+      if (check.is_needed(part)) {
+        if (auto wrong = check_word(part, check)) return wrong;
+      }
       note(part, check, access);
     }
-    if (is_whole && check.action == Action::kWrite) {
-      granule = {access, 0};
-      free_splits_.push_back(index);
-    }
+    if (is_whole && check.action == Action::kWrite) merge(granule, access);
   }
   return std::nullopt;
 }
 
 std::optional<std::string> Races::access(std::uint32_t address, std::size_t bytes, bool is_write,
                                          Threads by, Location location) {
-  const Check check{by, false, is_write ? Action::kWrite : Action::kRead,
-                    std::numeric_limits<Time>::max()};
+  Check check{by, false, is_write ? Action::kWrite : Action::kRead,
+              std::numeric_limits<Time>::max()};
   const auto wrong = check_and_note(address, bytes, check, add_access(by, false, location));
   if (!wrong) return std::nullopt;
   return std::string("nothing orders this ") + (is_write ? "write" : "read") +
          " of shared address " + std::to_string(address) + " " + *wrong;
 }
 
-std::optional<std::string> Races::access_async(std::uint32_t address, std::size_t bytes,
-                                               Action action, Threads by, int actor,
-                                               Location location, Time started) {
-  const Id access = action == Action::kRead ? add_access({actor, 1}, true, location) : 0;
-  const auto wrong = check_and_note(address, bytes, {by, true, action, started}, access);
-  if (!wrong) return std::nullopt;
-  return std::string("nothing orders this ") + (action == Action::kRead ? "read" : "write") +
-         " of shared address " + std::to_string(address) + " " + *wrong;
+std::optional<std::string> Races::access_async(const std::uint32_t* addresses, std::size_t count,
+                                               std::size_t bytes, const AsyncAccess& access) {
+  const bool is_read = access.action == Action::kRead;
+  const Id id = is_read ? add_access({access.actor, 1}, true, access.location) : 0;
+  Check check{access.by, true, access.action, access.started};
+  for (std::size_t i = 0; i < count; ++i) {
+    if (auto wrong = check_and_note(addresses[i], bytes, check, id)) {
+      return std::string("nothing orders this ") + (is_read ? "read" : "write") +
+             " of shared address " + std::to_string(addresses[i]) + " " + *wrong;
+    }
+  }
+  return std::nullopt;
 }
 
 void Races::write_async(std::uint32_t address, std::size_t bytes, int actor, Location location) {
@@ -202,9 +245,7 @@ void Races::write_async(std::uint32_t address, std::size_t bytes, int actor, Loc
   // Nobody is in the way: that was found when the operation started.
   for (std::size_t word = address / kWordBytes; word * kWordBytes < address + bytes;
        word += kGranuleWords) {
-    Word& granule = granules_[word / kGranuleWords];
-    if (granule.write & kIsSplit) free_splits_.push_back(granule.write & ~kIsSplit);
-    granule = {access, 0};
+    merge(granules_[word / kGranuleWords], access);
   }
 }
 

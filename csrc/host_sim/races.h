@@ -44,11 +44,22 @@ class Races {
 
   // Asynchronous operations have actors of their own. `name` stands in messages.
   int add_actor(std::string name);
-  // What an operation on behalf of `by` does when it starts; a read is noted as `actor`'s, and must
+  // What an operation on behalf of `by` does when it starts. A read is noted as `actor`'s, and must
   // not find what was written after `started`.
-  std::optional<std::string> access_async(std::uint32_t address, std::size_t bytes, Action action,
-                                          Threads by, int actor, Location location,
-                                          Time started = std::numeric_limits<Time>::max());
+  struct AsyncAccess {
+    Action action;
+    Threads by;
+    int actor;
+    Location location;
+    Time started = std::numeric_limits<Time>::max();
+  };
+  std::optional<std::string> access_async(std::uint32_t address, std::size_t bytes,
+                                          const AsyncAccess& access) {
+    return access_async(&address, 1, bytes, access);
+  }
+  // The same for pieces of `bytes`.
+  std::optional<std::string> access_async(const std::uint32_t* addresses, std::size_t count,
+                                          std::size_t bytes, const AsyncAccess& access);
   // An operation has written, as `actor`.
   void write_async(std::uint32_t address, std::size_t bytes, int actor, Location location);
   // Of the actor's operations, the thread knows those up to now, or up to `time`.
@@ -103,15 +114,23 @@ class Races {
     Action action;
     Time started;
     Id seen_write = 0, seen_reader = 0;  // that were found to be in order
+    bool is_needed(const Word& word) const {
+      return (word.write != 0 && word.write != seen_write) ||
+             (action != Action::kRead && word.readers != 0);
+    }
   };
 
   Id add_access(Threads by, bool is_async, Location location);
   bool is_ordered(const Access& earlier, Threads by) const;
   bool is_visible(const Access& earlier, Threads by) const;
-  std::optional<std::string> check_and_note(std::uint32_t address, std::size_t bytes, Check check,
+  std::optional<std::string> check_and_note(std::uint32_t address, std::size_t bytes, Check& check,
                                             Id access);
   std::optional<std::string> check_word(const Word& word, Check& check);
   void note(Word& word, const Check& check, Id access);
+  void set_write(Word& word, Id access);
+  void add_reader(Word& word, Id access);
+  Split& split(Word& granule);
+  void merge(Word& granule, Id write);
   std::string describe(const Access& earlier) const;
 
   int num_threads_;
@@ -122,8 +141,9 @@ class Races {
   std::vector<std::vector<Time>> fences_;  // by thread, ascending
   std::vector<std::string> names_;         // of asynchronous actors
   std::vector<Access> accesses_;
-  std::vector<Id> last_;  // by first thread or actor
-  std::vector<Reader> readers_;
+  std::vector<Id> last_;         // by first thread or actor
+  std::vector<Reader> readers_;  // each in the list of one word
+  std::vector<Id> free_readers_;
   std::vector<Word> granules_;
   std::vector<Split> splits_;
   std::vector<Id> free_splits_;

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <exception>
 #include <map>
+#include <mutex>
 #include <optional>
 #include <utility>
 
@@ -94,13 +95,18 @@ void Cta::run() {
   check_warpgroups_at_end(*this);
 }
 
-void Cta::wait(const char* what, Location location, std::function<std::string()> detail) {
+void Cta::wait(const char* what, Location location) {
   Thread& self = thread();
   self.waits_for = what;
   self.waits_at = location;
-  self.waits_detail = std::move(detail);
   Fiber::suspend();
   self.waits_for = nullptr;
+}
+
+void Cta::wait(const char* what, Location location, std::function<std::string()> detail) {
+  thread().waits_detail = std::move(detail);
+  wait(what, location);
+  thread().waits_detail = nullptr;
 }
 
 void Cta::set_landing(std::uint32_t address, std::size_t bytes, int what) {
@@ -179,7 +185,8 @@ void check_words(TrackedBuffer& tracked, std::uintptr_t address, std::size_t byt
                          std::to_string(i * GlobalWord::kBytes) + " of " + tracked.buffer.name);
     }
     if (access == Access::kRead) {
-      const bool is_shared = word.read.who != 0 && word.read.who != who;
+      // Whatever comes after this read comes after those that are ordered before it.
+      const bool is_shared = !is_ordered(word.read);
       word.read = {is_shared ? GlobalWord::kMany : who, block.epoch, false};
     } else {
       word.write = {who, block.epoch, is_atomic};
@@ -248,6 +255,10 @@ void barrier(int id, int count, bool is_waiting, const char* operation, Location
   }
 }
 
+// Of the launches that nobody took.
+std::deque<Counters> finished;
+std::mutex finished_mutex;
+
 }  // namespace
 
 Counters launch(Dim3 shape, Dim3 block, const Settings& settings,
@@ -281,7 +292,22 @@ Counters launch(Dim3 shape, Dim3 block, const Settings& settings,
     const Dim3 index{number % shape.x, number / shape.x % shape.y, number / (shape.x * shape.y)};
     Cta(grid, fibers, index, number).run();
   }
+  const std::lock_guard lock(finished_mutex);
+  finished.push_back(grid.counters);
   return grid.counters;
+}
+
+bool host_sim_take_counters(std::uint64_t* counters) {
+  const std::lock_guard lock(finished_mutex);
+  if (finished.empty()) return false;
+  const Counters& first = finished.front();
+  counters[0] = first.global_bytes_loaded;
+  counters[1] = first.global_bytes_stored;
+  counters[2] = first.shared_bytes_loaded;
+  counters[3] = first.shared_bytes_stored;
+  counters[4] = first.matrix_instructions;
+  finished.pop_front();
+  return true;
 }
 
 const Dim3& thread_index() { return cta().thread().index; }
@@ -352,8 +378,18 @@ unsigned char* at_shared(std::uint32_t address, std::size_t bytes, Access access
   Cta& block = cta();
   unsigned char* found = block.check_shared(address, bytes, bytes, location);
   const Thread& thread = block.thread();
-  check_races(address, bytes, access != Access::kRead,
+  // Atomic operations may meet, so they count as reads of each other; what they made may be read
+  // after a barrier of all threads.
+  check_races(address, bytes, access == Access::kWrite,
               is_for_warp ? block.lanes(thread.warp()) : Races::Threads{thread.id, 1}, location);
+  for (std::size_t i = 0; i < bytes; ++i) {
+    std::uint32_t& epoch = block.atomic_epochs[address + i];
+    if (access == Access::kRead && epoch == block.epoch) {
+      fail(location, "nothing orders this read of shared address " + std::to_string(address + i) +
+                         " after the atomic operations of this epoch");
+    }
+    if (access == Access::kAtomic) epoch = block.epoch;
+  }
   if (access != Access::kWrite) block.grid.counters.shared_bytes_loaded += bytes;
   if (access != Access::kRead) block.grid.counters.shared_bytes_stored += bytes;
   return found;

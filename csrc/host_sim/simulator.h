@@ -81,6 +81,10 @@ struct Counters {
 Counters launch(Dim3 grid, Dim3 block, const Settings& settings, const std::vector<Buffer>& buffers,
                 const std::function<void()>& kernel);
 
+// For callers that do not see what `launch` returned: the fields of `Counters`, in their order, of
+// the earliest finished launch that was not taken yet. False if all were taken.
+extern "C" bool host_sim_take_counters(std::uint64_t* counters);
+
 // ---- Below: for the bodies of instructions, which run inside a kernel.
 
 const Dim3& thread_index();

@@ -76,7 +76,7 @@ struct State {  // of a thread
   std::vector<Fenced> fenced;
   std::vector<SumsInFlight> sums;
   std::vector<AInFlight> a;
-  std::shared_ptr<Product> last;  // that it has started
+  std::shared_ptr<Product> last;  // that it has started; may be null
   Location last_location;
   std::deque<std::shared_ptr<Product>> groups;  // the last product of each that is under way
   std::uint64_t committed = 0, waited = 0;      // groups
@@ -222,9 +222,8 @@ struct Descriptor {
 };
 
 // to[mn, k] of an operand, or to[k, mn] if `is_k_first`.
-void read_operand(std::uint64_t bits, bool is_mn_major, int size, bool is_bfloat16,
-                  const Product& product, int warpgroup, bool is_k_first, float* to,
-                  Location location) {
+void read_operand(std::uint64_t bits, bool is_mn_major, int size, const Product& product,
+                  int warpgroup, bool is_k_first, float* to, Location location) {
   Cta& block = cta();
   const Descriptor descriptor(bits);
   if ((bits >> 49 & 7) != 0) fail(location, "a matrix descriptor with a base offset");
@@ -233,24 +232,28 @@ void read_operand(std::uint64_t bits, bool is_mn_major, int size, bool is_bfloat
                        " does not start in the first line of a swizzle's pattern, which repeats " +
                        "every " + std::to_string(8 * descriptor.span) + " bytes");
   }
-  const int actor = warpgroups().all[warpgroup].actor;
-  for (int i = 0; i < size * kDepth / 8; ++i) {
+  std::uint32_t addresses[256 * kDepth / 8];
+  const int count = size * kDepth / 8;
+  for (int i = 0; i < count; ++i) {
     const int mn = is_mn_major ? i % (size / 8) * 8 : i / 2;
     const int k = is_mn_major ? i / (size / 8) : i % 2 * 8;
-    const std::uint32_t address = descriptor.chunk(mn, k, is_mn_major);
-    const unsigned char* from = block.check_shared(address, 16, 16, location);
-    if (auto race = block.races.access_async(address, 16, Races::Action::kRead,
-                                             {warpgroup * kThreads, kThreads}, actor, location,
-                                             product.started))
-      fail(location, *race);
+    addresses[i] = descriptor.chunk(mn, k, is_mn_major);
     std::uint16_t elements[8];
-    std::memcpy(elements, from, 16);
+    std::memcpy(elements, block.check_shared(addresses[i], 16, 16, location), 16);
+    float* first = to + (is_k_first ? k * size + mn : mn * kDepth + k);
+    const int step = is_k_first == is_mn_major ? 1 : is_k_first ? size : kDepth;
     for (int j = 0; j < 8; ++j) {
-      const int row = is_mn_major ? mn + j : mn, column = is_mn_major ? k : k + j;
-      to[is_k_first ? column * size + row : row * kDepth + column] =
-          is_bfloat16 ? float_of_bfloat16(elements[j]) : float_of_float16(elements[j]);
+      first[j * step] =
+          product.what.is_bfloat16 ? float_of_bfloat16(elements[j]) : float_of_float16(elements[j]);
     }
   }
+  if (auto race = block.races.access_async(addresses, count, 16,
+                                           {Races::Action::kRead,
+                                            {warpgroup * kThreads, kThreads},
+                                            warpgroups().all[warpgroup].actor,
+                                            location,
+                                            product.started}))
+    fail(location, *race);
   block.grid.counters.shared_bytes_loaded += size * kDepth * 2;
 }
 
@@ -284,8 +287,7 @@ void compute(Product& product, int warpgroup, Location location) {
   static thread_local float a[kRows * kDepth], b[kDepth * 256];
   product.time = block.races.now();
   if (what.a_registers == nullptr) {
-    read_operand(what.a, what.is_a_mn_major, kRows, what.is_bfloat16, product, warpgroup, false, a,
-                 location);
+    read_operand(what.a, what.is_a_mn_major, kRows, product, warpgroup, false, a, location);
   } else {
     for (int thread = 0; thread < kThreads; ++thread) {
       for (int i = 0; i < 8; ++i) {
@@ -297,8 +299,7 @@ void compute(Product& product, int warpgroup, Location location) {
       }
     }
   }
-  read_operand(what.b, what.is_b_mn_major, what.columns, what.is_bfloat16, product, warpgroup, true,
-               b, location);
+  read_operand(what.b, what.is_b_mn_major, what.columns, product, warpgroup, true, b, location);
   block.races.tick();
   auto& values = product.sums->values;
   if (!what.accumulates) std::fill(values.begin(), values.end(), 0.0f);
@@ -402,7 +403,7 @@ void warpgroup_commit(Location location) {
   const int id = cta().thread().id;
   execute("wgmma.commit_group", location);
   State& state = warpgroups().threads[id];
-  state.groups.push_back(std::exchange(state.last, nullptr));
+  state.groups.push_back(state.last);
   ++state.committed;
   forget_executed(warpgroups().all[id / kThreads]);
 }
@@ -416,7 +417,8 @@ void warpgroup_wait(int most_pending, std::initializer_list<Registers> registers
   State& state = warpgroups().threads[id];
   forget_executed(warpgroup);
   while (static_cast<int>(state.groups.size()) > most_pending) {
-    const auto last = state.groups.front();
+    // Not a shared pointer: if another thread fails, this stack is never unwound.
+    const Product* last = state.groups.front().get();
     while (last != nullptr && !last->is_done) {
       warpgroup.waiting.push_back(id);
       block.wait("wgmma.wait_group", location,

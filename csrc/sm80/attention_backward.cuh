@@ -54,8 +54,8 @@ __global__ void __launch_bounds__(Config::kThreads)
   const auto row_of = [&](int row) -> std::int64_t {
     return row < tile.num_rows ? tile.row_offset(in.shape, row) : -1;
   };
-  copy_rows<kHeadDim, Config::kThreads>(query, in.query, Config::kRows, row_of);
-  copy_rows<kHeadDim, Config::kThreads>(d_out, p.d_out, Config::kRows, row_of);
+  copy_rows<kHeadDim, Config::kThreads, Config::kRows>({{in.query, query}, {p.d_out, d_out}},
+                                                       row_of);
   ring.fetch(0);
 
   Sums<kHeadDim> d_query = {};
@@ -64,9 +64,9 @@ __global__ void __launch_bounds__(Config::kThreads)
     ptx::copy_wait<1>();
     ptx::sync_threads();  // every thread's copies of this chunk are there
     const int first_key = chunks.first_key(chunk);
-    const bool is_chosen[2] = {chose(in.plan, tile, rows[0], chunks.slot(chunk)),
-                               chose(in.plan, tile, rows[1], chunks.slot(chunk))};
-    const Visible visible = visible_of_chunk<kKeys>(in, tile, masks, rows, is_chosen, first_key);
+    bool sees[2];
+    const Visible visible =
+        visible_of_chunk<kKeys>(in, tile, masks, rows, chunks.slot(chunk), first_key, sees);
     if (visible != Visible::kNone) {
       const std::uint32_t own_rows = 16 * warp * kRowBytes<kHeadDim>;
       Sums<kKeys> scores = {}, d_probs = {};
@@ -85,7 +85,8 @@ __global__ void __launch_bounds__(Config::kThreads)
           keep[column] = ~0u;
           SPARSE_ATTN_UNROLL
           for (int place = 0; place < 4; ++place) {
-            scores[column][place] = d_score(logit(in, scores[column][place], 0), column, place);
+            const float d = d_score(logit(in, scores[column][place], 0), column, place);
+            scores[column][place] = sees[place / 2] ? d : 0;
           }
         }
       } else {
@@ -101,7 +102,7 @@ __global__ void __launch_bounds__(Config::kThreads)
             for (int half = 0; half < 2; ++half) {
               const int place = 2 * half + i;
               const Logit x = logit(in, scores[column][place], key.bias);
-              const bool is_visible = key.is_key && is_chosen[half] && x.base2 != -INFINITY &&
+              const bool is_visible = key.is_key && sees[half] && x.base2 != -INFINITY &&
                                       masks[half].sees(in.mask, key.position, key.segment);
               seen[column] |= static_cast<std::uint32_t>(is_visible) << place;
               scores[column][place] = is_visible ? d_score(x, column, place) : 0;
@@ -170,8 +171,9 @@ struct TableRow {
   }
 };
 
+// Shared memory has room for two blocks at most: without the 1, registers are spilled for a third.
 template <class Config>
-__global__ void __launch_bounds__(Config::kThreads)
+__global__ void __launch_bounds__(Config::kThreads, 1)
     key_gradient(const __grid_constant__ AttentionBackwardParams p) {
   using T = typename Config::T;
   constexpr int kHeadDim = Config::kHeadDim, kKeys = Config::kKeys, kPart = Config::kPart;
@@ -206,9 +208,8 @@ __global__ void __launch_bounds__(Config::kThreads)
     const auto row_of = [&](int row) -> std::int64_t {
       return exists && row < tile.num_rows ? tile.row_offset(in.shape, row) : -1;
     };
-    copy_rows<kHeadDim, Config::kThreads>(stage, in.query, Config::kRows, row_of);
-    copy_rows<kHeadDim, Config::kThreads>(stage + Config::kTileBytes, p.d_out, Config::kRows,
-                                          row_of);
+    copy_rows<kHeadDim, Config::kThreads, Config::kRows>(
+        {{in.query, stage}, {p.d_out, stage + Config::kTileBytes}}, row_of);
     for (int row = static_cast<int>(threadIdx.x); row < Config::kRows; row += Config::kThreads) {
       TableRow table_row{RowMask(), 0, 0};
       if (row_of(row) >= 0) {
@@ -226,8 +227,7 @@ __global__ void __launch_bounds__(Config::kThreads)
     if (first_key + i >= in.shape.kv_len) return -1;
     return key_row(in.shape, batch % in.shape.key_batch, kv_head, first_key + i);
   };
-  copy_rows<kHeadDim, Config::kThreads>(key, in.key, kKeys, key_row_of);
-  copy_rows<kHeadDim, Config::kThreads>(value, in.value, kKeys, key_row_of);
+  copy_rows<kHeadDim, Config::kThreads, kKeys>({{in.key, key}, {in.value, value}}, key_row_of);
   if (Config::kStages > 1 && num_steps > 0) fetch(0);
   ptx::copy_commit();
 
@@ -249,8 +249,10 @@ __global__ void __launch_bounds__(Config::kThreads)
       const RowMask lane_mask = table_row(part + lane).mask;
       const Visible lane_sees =
           lane_mask.is_row ? lane_mask.sees_keys(in, warp_key, warp_key + 15) : Visible::kNone;
-      if (ptx::ballot(lane_sees != Visible::kNone) == 0) continue;
-      const bool sees_all = ptx::ballot(lane_sees == Visible::kAll) == ptx::kAllLanes;
+      // Bit i: row i of the part sees all of the warp's keys, or only some.
+      const std::uint32_t sees_all = ptx::ballot(lane_sees == Visible::kAll),
+                          sees_some = ptx::ballot(lane_sees == Visible::kSome);
+      if ((sees_all | sees_some) == 0) continue;
 
       const std::uint32_t query = stage + part * kRowBytes<kHeadDim>,
                           d_out = query + Config::kTileBytes;
@@ -269,14 +271,17 @@ __global__ void __launch_bounds__(Config::kThreads)
         d_logits[column][place] = is_visible ? d_logit * x.slope : 0;
       };
       std::uint32_t keep[kPart / 8];
-      if (sees_all) {
+      if (sees_some == 0) {
         SPARSE_ATTN_UNROLL
         for (int column = 0; column < kPart / 8; ++column) {
-          keep[column] = ~0u;
+          const int first_row = 8 * column + lane % 4 * 2;
+          const std::uint32_t pair = sees_all >> first_row & 3;
+          keep[column] = (pair & 1 ? 0xffffu : 0u) | (pair & 2 ? 0xffff0000u : 0u);
           SPARSE_ATTN_UNROLL
           for (int place = 0; place < 4; ++place) {
-            const TableRow row = table_row(part + 8 * column + lane % 4 * 2 + place % 2);
-            differentiate(row, logit(in, probs[column][place], 0), true, column, place);
+            const TableRow row = table_row(part + first_row + place % 2);
+            const bool is_visible = (pair >> place % 2 & 1) != 0;
+            differentiate(row, logit(in, probs[column][place], 0), is_visible, column, place);
           }
         }
       } else {

@@ -62,8 +62,9 @@ struct Accumulator {
   }
 };
 
+// Without the 1, ptxas spills a few registers for one more CTA per multiprocessor.
 template <class Config>
-__global__ void __launch_bounds__(Config::kThreads)
+__global__ void __launch_bounds__(Config::kThreads, 1)
     attention_forward(const __grid_constant__ AttentionForwardParams p) {
   using T = typename Config::T;
   constexpr int kHeadDim = Config::kHeadDim, kKeys = Config::kKeys;
@@ -81,8 +82,8 @@ __global__ void __launch_bounds__(Config::kThreads)
   const std::uint32_t query = ptx::shared_base();
   const typename Config::Ring ring(in, tile, chunks, query + Config::kQueryBytes);
 
-  copy_rows<kHeadDim, Config::kThreads>(
-      query, in.query, Config::kRows, [&](int row) -> std::int64_t {
+  copy_rows<kHeadDim, Config::kThreads, Config::kRows>(
+      {{in.query, query}}, [&](int row) -> std::int64_t {
         return row < tile.num_rows ? tile.row_offset(in.shape, row) : -1;
       });
   ring.fetch(0);
@@ -95,9 +96,9 @@ __global__ void __launch_bounds__(Config::kThreads)
     ptx::copy_wait<1>();
     ptx::sync_threads();  // every thread's copies of this chunk are there
     const int first_key = chunks.first_key(chunk);
-    const bool is_chosen[2] = {chose(in.plan, tile, rows[0], chunks.slot(chunk)),
-                               chose(in.plan, tile, rows[1], chunks.slot(chunk))};
-    const Visible visible = visible_of_chunk<kKeys>(in, tile, masks, rows, is_chosen, first_key);
+    bool sees[2];
+    const Visible visible =
+        visible_of_chunk<kKeys>(in, tile, masks, rows, chunks.slot(chunk), first_key, sees);
     if (visible != Visible::kNone) {
       Sums<kKeys> scores = {};
       multiply_transposed<T, kHeadDim, kKeys>(scores, query + 16 * warp * kRowBytes<kHeadDim>,
@@ -107,7 +108,11 @@ __global__ void __launch_bounds__(Config::kThreads)
         SPARSE_ATTN_UNROLL
         for (int column = 0; column < kKeys / 8; ++column) {
           keep[column] = ~0u;
-          for (float& score : scores[column]) score = logit(in, score, 0).base2;
+          SPARSE_ATTN_UNROLL
+          for (int place = 0; place < 4; ++place) {
+            float& score = scores[column][place];
+            score = sees[place / 2] ? logit(in, score, 0).base2 : -INFINITY;
+          }
         }
       } else {
         SPARSE_ATTN_UNROLL
@@ -119,8 +124,8 @@ __global__ void __launch_bounds__(Config::kThreads)
             SPARSE_ATTN_UNROLL
             for (int half = 0; half < 2; ++half) {
               float& score = scores[column][2 * half + i];
-              const bool is_visible = key.is_key && is_chosen[half] &&
-                                      masks[half].sees(in.mask, key.position, key.segment);
+              const bool is_visible =
+                  key.is_key && sees[half] && masks[half].sees(in.mask, key.position, key.segment);
               score = is_visible ? logit(in, score, key.bias).base2 : -INFINITY;
             }
           }

@@ -21,18 +21,26 @@ constexpr int kMostSharedBytes = 163 * 1024;
 template <int kHeadDim>
 constexpr int kRowBytes = 2 * kHeadDim + 16;
 
-// Starts copies of `count` rows to shared memory by `kThreads` threads; `row_of` gives a row's
-// index in `from`, or a negative number for a row of zeros.
-template <int kHeadDim, int kThreads, class RowOf>
-__device__ __forceinline__ void copy_rows(std::uint32_t to, const void* from, int count,
-                                          RowOf row_of) {
+// Where rows are copied from and to: a global array and shared memory.
+struct RowCopy {
+  const void* from;
+  std::uint32_t to;
+};
+
+// Starts copies of `kCount` rows, of the same rows for each of `copies`, by `kThreads` threads.
+// `row_of` gives a row's index in the arrays, or a negative number for a row of zeros.
+template <int kHeadDim, int kThreads, int kCount, int kCopies, class RowOf>
+__device__ __forceinline__ void copy_rows(const RowCopy (&copies)[kCopies], RowOf row_of) {
   constexpr int kPieces = kHeadDim / 8;  // of 16 bytes
-  const auto* bytes = static_cast<const char*>(from);
-  for (int i = static_cast<int>(threadIdx.x); i < count * kPieces; i += kThreads) {
+  for (int i = static_cast<int>(threadIdx.x); i < kCount * kPieces; i += kThreads) {
     const int row = i / kPieces, piece = i % kPieces;
     const std::int64_t index = row_of(row);
-    const char* source = index < 0 ? bytes : bytes + index * (2 * kHeadDim) + 16 * piece;
-    ptx::copy_async16(to + row * kRowBytes<kHeadDim> + 16 * piece, source, index >= 0);
+    const std::int64_t offset = index < 0 ? 0 : index * (2 * kHeadDim) + 16 * piece;
+    SPARSE_ATTN_UNROLL
+    for (const RowCopy& copy : copies) {
+      ptx::copy_async16(copy.to + row * kRowBytes<kHeadDim> + 16 * piece,
+                        static_cast<const char*>(copy.from) + offset, index >= 0);
+    }
   }
 }
 
@@ -57,12 +65,12 @@ class KeyRing {
   __device__ void fetch(int chunk) const {
     if (chunk < chunks_.count()) {
       const int first = chunks_.first_key(chunk);
-      const auto row_of = [&](int i) -> std::int64_t {
-        return first < 0 || first + i >= in_.shape.kv_len ? -1
-                                                          : tile_.key_offset(in_.shape, first + i);
-      };
-      copy_rows<kHeadDim, kThreads>(key(chunk), in_.key, kKeys, row_of);
-      copy_rows<kHeadDim, kThreads>(value(chunk), in_.value, kKeys, row_of);
+      const int count = first < 0 ? 0 : in_.shape.kv_len - first;
+      const std::int64_t first_row = tile_.key_offset(in_.shape, first);
+      const std::int64_t stride = in_.shape.num_kv_heads;
+      copy_rows<kHeadDim, kThreads, kKeys>(
+          {{in_.key, key(chunk)}, {in_.value, value(chunk)}},
+          [&](int i) -> std::int64_t { return i < count ? first_row + i * stride : -1; });
     }
     ptx::copy_commit();
   }
@@ -125,24 +133,24 @@ __device__ __forceinline__ void multiply_registers(Sums<kHeadDim>& sums, const S
   }
 }
 
-// How much of a chunk the 16 rows of a warp see, of which a lane has two. Rows that do not exist do
-// not count: what is computed for them is not stored.
+// What the 16 rows of a warp see of a chunk, of which a lane has two. kAll: each row sees all of
+// the keys or, where its `sees` is false, none.
 template <int kKeys>
 __device__ __forceinline__ Visible visible_of_chunk(const AttentionInputs& in, const Tile& tile,
                                                     const RowMask (&masks)[2], const int (&rows)[2],
-                                                    const bool (&is_chosen)[2],
-                                                    int first_key SPARSE_ATTN_AT) {
-  bool sees_some = false, sees_all = true;
+                                                    std::int64_t slot, int first_key,
+                                                    bool (&sees)[2] SPARSE_ATTN_AT) {
+  bool has_edge = false;
   SPARSE_ATTN_UNROLL
   for (int half = 0; half < 2; ++half) {
-    const Visible own = first_key < 0 || !is_chosen[half]
-                            ? Visible::kNone
-                            : masks[half].sees_keys(in, first_key, first_key + kKeys - 1);
-    sees_some = sees_some || own != Visible::kNone;
-    sees_all = sees_all && (own == Visible::kAll || rows[half] >= tile.num_rows);
+    const bool is_chosen = first_key >= 0 && chose(in.plan, tile, rows[half], slot);
+    const Visible own =
+        is_chosen ? masks[half].sees_keys(in, first_key, first_key + kKeys - 1) : Visible::kNone;
+    sees[half] = own != Visible::kNone;
+    has_edge = has_edge || own == Visible::kSome;
   }
-  if (ptx::ballot(sees_some SPARSE_ATTN_HERE) == 0) return Visible::kNone;
-  return ptx::ballot(sees_all SPARSE_ATTN_HERE) == ptx::kAllLanes ? Visible::kAll : Visible::kSome;
+  if (ptx::ballot(sees[0] || sees[1] SPARSE_ATTN_HERE) == 0) return Visible::kNone;
+  return ptx::ballot(has_edge SPARSE_ATTN_HERE) == 0 ? Visible::kAll : Visible::kSome;
 }
 
 // Which of the columns that a lane has are `wanted` by any row of the warp, as `multiply_registers`

@@ -102,21 +102,13 @@ struct Variant {
       return error.what();
     }
   }
-
-  static std::vector<KernelInfo> kernels() {
-    std::vector<KernelInfo> all = of_sm80(kKey).kernels();
-    all.push_back(kernel_info<Forward>());
-    all.push_back(kernel_info<OfQuery>());
-    all.push_back(kernel_info<OfKey>());
-    return all;
-  }
 };
 
 template <class T, int kHeadDim, int... kBlockSizes>
 void add(std::vector<AttentionVariant>& to) {
   const auto add_one = [&]<int kBlockSize>() {
     using V = Variant<T, kHeadDim, kBlockSize>;
-    to.push_back({V::kKey, V::forward, V::backward, V::kernels});
+    to.push_back({V::kKey, V::forward, V::backward});
   };
   (add_one.template operator()<kBlockSizes>(), ...);
 }

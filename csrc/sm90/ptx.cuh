@@ -374,14 +374,15 @@ enum class Major { kK = 0, kMN = 1 };
 // `stride` is 8 * span; for MN-major `stride` is 8 * span, and `leading` the distance of two tiles
 // of span / 2 columns. The next 16 k of the same tile are 32 bytes further if K-major, and 2 *
 // stride bytes if MN-major.
-__host__ __device__ __forceinline__ constexpr std::uint64_t matrix_descriptor(std::uint32_t address,
-                                                                              std::uint32_t leading,
-                                                                              std::uint32_t stride,
-                                                                              Swizzle swizzle) {
-  return static_cast<std::uint64_t>((address & 0x3ffff) >> 4) |
-         static_cast<std::uint64_t>((leading & 0x3ffff) >> 4) << 16 |
-         static_cast<std::uint64_t>((stride & 0x3ffff) >> 4) << 32 |
-         static_cast<std::uint64_t>(swizzle) << 62;
+__host__ __device__ __forceinline__ constexpr std::uint64_t matrix_descriptor(
+    std::uint32_t address, std::uint32_t leading, std::uint32_t stride,
+    Swizzle swizzle SPARSE_ATTN_AT) {
+#if SPARSE_ATTN_HOST_SIM
+  if (((address | leading | stride) & ~0x3fff0u) != 0)
+    ::host_sim::fail(location, "the numbers of a matrix descriptor are multiples of 16 below 2^18");
+#endif
+  return static_cast<std::uint64_t>(address >> 4) | static_cast<std::uint64_t>(leading >> 4) << 16 |
+         static_cast<std::uint64_t>(stride >> 4) << 32 | static_cast<std::uint64_t>(swizzle) << 62;
 }
 
 // The same layout, so many bytes further, a multiple of 16.

@@ -32,17 +32,16 @@ inline std::vector<Test>& tests() {
   } while (0)
 
 // Runs `body`, which must raise a `host_sim::Error` with `part` in its message.
-inline void check_error(const char* part, const std::function<void()>& body) {
+inline void check_error(const std::string& part, const std::function<void()>& body) {
   try {
     body();
   } catch (const host_sim::Error& error) {
-    if (std::strstr(error.what(), part) == nullptr) {
-      throw std::runtime_error(std::string("expected an error with '") + part +
-                               "', found: " + error.what());
+    if (std::string(error.what()).find(part) == std::string::npos) {
+      throw std::runtime_error("expected an error with '" + part + "', found: " + error.what());
     }
     return;
   }
-  throw std::runtime_error(std::string("expected an error with '") + part + "', found none");
+  throw std::runtime_error("expected an error with '" + part + "', found none");
 }
 
 inline int run_tests(int argc, char** argv) {

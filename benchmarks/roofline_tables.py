@@ -1,0 +1,220 @@
+"""The kernels that `benchmarks.roofline` compares, the goals beside them, and its tables.
+
+Every predicted figure stands in a column that says so, and no measured one does.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+from benchmarks import schedules
+from benchmarks.devices import A100, H100, Device
+from benchmarks.prediction import Prediction, delta_seconds, predict
+from benchmarks.report import format_table
+from benchmarks.schedules import Schedule
+from benchmarks.tile_lists import Lists, sample_lists, tiles_of, visible_pairs
+from benchmarks.workloads import sized_case
+from sparse_attn_jax.testing.cases import Case
+
+GENERATORS = ("random", "realistic")
+TILE_TOKENS = (1, 2, 4, 8, 16)
+
+FORWARD_GOAL = 1.75  # times as fast as InfLLM-v2's forward
+TRAINING_GOAL = 1.6  # times as fast as its forward and backward together
+BLOCK_GOAL = 400  # useful TFLOP/s of query-block selection on an H100
+DENSITY = 0.1  # of the blocks that query-block selection could list
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """Milliseconds on an H100, from the README of github.com/OpenBMB/infllmv2_cuda_impl."""
+
+    forward: float
+    backward: float
+
+    @property
+    def training(self) -> float:
+        return self.forward + self.backward
+
+
+INFLLM_V2 = {32768: Published(133.60, 330.04), 65536: Published(142.31, 381.55), 131072: Published(158.42, 468.90)}
+
+
+def token_case(q_len: int, batch: int) -> Case:
+    """A row of that README's table: a list per token and KV head."""
+    sizes = dict(num_q_heads=32, num_kv_heads=2, head_dim=128, q_block_size=1, kv_block_size=64, num_slots=64)
+    return sized_case(seed=0, batch=batch, q_len=q_len, kv_len=None, is_causal=True, dtype="bfloat16", **sizes)
+
+
+def block_case(block_size: int) -> Case:
+    """A list per block of queries and head."""
+    sizes = dict(num_q_heads=32, num_kv_heads=32, head_dim=128, q_block_size=block_size, kv_block_size=block_size)
+    return sized_case(seed=0, batch=1, q_len=65536, kv_len=None, is_causal=True, dtype="bfloat16", **sizes)
+
+
+TOKEN_CASES = {"32k": token_case(32768, 8), "64k": token_case(65536, 4), "128k": token_case(131072, 2)}
+BLOCK_CASES = {"blocks64": block_case(64), "blocks128": block_case(128)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A column of the tables.
+
+    Attributes:
+      is_lean: as if its instructions were so few that they never limit.
+    """
+
+    label: str
+    make: Callable[[Case, int], Schedule]
+    device: Device
+    is_lean: bool = False
+
+    def schedule(self, case: Case, tokens: int) -> Schedule:
+        made = self.make(case, tokens)
+        return dataclasses.replace(made, instructions=None) if self.is_lean else made
+
+
+FORWARD = {
+    "forward": Kernel("SM80", schedules.sm80_forward, H100),
+    "forward lean": Kernel("SM80 lean", schedules.sm80_forward, H100, is_lean=True),
+    "forward SM90": Kernel("SM90 planned", schedules.sm90_forward, H100),
+    "forward A100": Kernel("A100, SM80", schedules.sm80_forward, A100),
+    "forward lean A100": Kernel("A100, SM80 lean", schedules.sm80_forward, A100, is_lean=True),
+}
+BACKWARD = {
+    "dQ": Kernel("dQ", schedules.sm80_query_gradient, H100),
+    "dQ lean": Kernel("dQ lean", schedules.sm80_query_gradient, H100, is_lean=True),
+    "dK dV": Kernel("dK dV", schedules.sm80_key_gradient, H100),
+    "dK dV lean": Kernel("dK dV lean", schedules.sm80_key_gradient, H100, is_lean=True),
+    "dQ A100": Kernel("A100, dQ", schedules.sm80_query_gradient, A100),
+    "dK dV A100": Kernel("A100, dK dV", schedules.sm80_key_gradient, A100),
+}
+KERNELS = FORWARD | BACKWARD
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One kernel with one tile size, for one case and kind of lists.
+
+    Attributes:
+      kernel: a name in `KERNELS`.
+      union: blocks that a tile walks, on average.
+      prediction: `None` if the kernel does not fit on an SM.
+      useful_flops: of the forward pass, visible pairs only.
+    """
+
+    case: Case
+    lists: str
+    kernel: str
+    schedule: Schedule
+    union: float
+    prediction: Prediction | None
+    useful_flops: float
+
+    @property
+    def ms(self) -> float:
+        return 1e3 * self.prediction.seconds if self.prediction else math.inf
+
+    @property
+    def useful_tflops(self) -> float:
+        return 1e-9 * self.useful_flops / self.ms
+
+
+def entries_of(case: Case, name: str, lists: Lists, kernels: Sequence[str], tile_tokens: Sequence[int]) -> Iterator[Entry]:
+    useful_flops = 4 * case.head_dim * visible_pairs(lists)
+    for tokens in tile_tokens:
+        union = float(tiles_of(lists, tokens).blocks.mean())
+        for kernel in kernels:
+            schedule = KERNELS[kernel].schedule(case, tokens)
+            prediction = predict(schedule, lists, KERNELS[kernel].device)
+            yield Entry(case, name, kernel, schedule, union, prediction, useful_flops)
+
+
+def best(entries: Sequence[Entry], kernel: str, case: Case, lists: str) -> Entry:
+    """With the tile size that is predicted fastest."""
+    found = [x for x in entries if (x.kernel, x.case, x.lists) == (kernel, case, lists)]
+    return min(found, key=lambda entry: entry.ms)
+
+
+# ---- Tables.
+
+
+def section(title: str, header: list[str], cells: list[list[str]]) -> str:
+    return f"### {title}\n\n{format_table(header, cells)}"
+
+
+def check_section() -> str:
+    """InfLLM-v2's own schedule: predicted beside published."""
+    header = ["tokens x batch", "K/V loaded, TB", "predicted tensor ms", "predicted shared ms", "predicted L2 ms"]
+    header += ["predicted HBM ms", "predicted ms", "published ms", "predicted / published"]
+    cells = []
+    for case in TOKEN_CASES.values():
+        published = INFLLM_V2[case.q_len].forward
+        found = predict(schedules.infllm_v2_forward(case), sample_lists(case, "random"), H100)
+        parts = [f"{1e3 * x:.1f}" for x in (found.tensor, found.shared, found.l2, found.hbm, found.seconds)]
+        loaded = f"{found.counts.loaded / 1e12:.3f}"
+        ratio = f"{1e3 * found.seconds / published:.2f}"
+        cells.append([f"{case.q_len:,} x {case.batch}", loaded, *parts, f"{published:.2f}", ratio])
+    return section("The check: InfLLM-v2's forward on an H100", header, cells)
+
+
+def tile_section(title: str, entries: Sequence[Entry], kernels: Sequence[str]) -> str:
+    """By lists and tile size, for one case: what limits, and the best of each column in bold."""
+    header = ["lists", "tokens", "blocks walked", *(f"predicted: {KERNELS[kernel].label}" for kernel in kernels)]
+    cells = []
+    for lists, tokens in dict.fromkeys((x.lists, x.schedule.tokens) for x in entries):
+        row = {x.kernel: x for x in entries if (x.lists, x.schedule.tokens) == (lists, tokens)}
+        line = [lists, str(tokens), f"{row[kernels[0]].union:.1f}"]
+        for kernel in kernels:
+            entry = row[kernel]
+            text = f"{entry.ms:.3g} {entry.prediction.limit}" if entry.prediction else "does not fit"
+            is_best = entry is best(entries, kernel, entry.case, lists)
+            line.append(f"**{text}**" if is_best else text)
+        cells.append(line)
+    return section(title, header, cells)
+
+
+def goal_sections(entries: Sequence[Entry]) -> str:
+    """The goals, and our kernels with their best tiles."""
+
+    def cell(parts: Sequence[Entry], goal: float, extra_ms: float = 0) -> str:
+        total = sum(entry.ms for entry in parts) + extra_ms
+        tokens = ", ".join(str(entry.schedule.tokens) for entry in parts)
+        return f"{total:.1f} ({tokens})" + (" *" if total <= goal else "")
+
+    forward, training = [], []
+    for case in TOKEN_CASES.values():
+        published = INFLLM_V2[case.q_len]
+        for lists in GENERATORS:
+            find = functools.partial(best, entries, case=case, lists=lists)
+            goal = published.forward / FORWARD_GOAL
+            names = ("forward", "forward lean", "forward SM90")
+            line = [f"{case.q_len:,}", lists, f"{published.forward:.1f}", f"{goal:.1f}"]
+            forward.append(line + [cell([find(name)], goal) for name in names])
+            goal = published.training / TRAINING_GOAL
+            line = [f"{case.q_len:,}", lists, f"{published.training:.1f}", f"{goal:.1f}"]
+            passes = [[find(name + mark) for name in ("forward", "dQ", "dK dV")] for mark in ("", " lean")]
+            extra_ms = 1e3 * delta_seconds(case, H100)
+            training.append(line + [cell(parts, goal, extra_ms) for parts in passes])
+    header = ["tokens", "lists", "published ms, InfLLM-v2", "goal ms"]
+    labels = ["predicted ms: SM80", "predicted ms: SM80 lean"]
+    more = ["predicted ms: SM90 planned"]
+    marks = "tokens per tile in brackets, * meets the goal"
+    titles = (
+        f"Forward on an H100; goal: {FORWARD_GOAL}x InfLLM-v2 ({marks})",
+        f"Forward and backward on an H100; goal: {TRAINING_GOAL}x InfLLM-v2 ({marks}: forward, dQ, dK dV)",
+    )
+    return f"{section(titles[0], header + labels + more, forward)}\n\n{section(titles[1], header + labels, training)}"
+
+
+def block_section(entries: Sequence[Entry]) -> str:
+    """Query-block selection: useful speed."""
+    header = ["kernel", "tokens", "predicted ms", "predicted limit", "predicted useful TFLOP/s"]
+    cells = []
+    for entry in entries:
+        figures = [f"{entry.ms:.2f}", entry.prediction.limit, f"{entry.useful_tflops:.0f}"]
+        cells.append([KERNELS[entry.kernel].label, str(entry.schedule.tokens), *figures])
+    case = entries[0].case
+    blocks = f"A list per {case.q_block_size} queries, {DENSITY:.0%} of the blocks of {case.kv_block_size} keys"
+    return section(f"{blocks}, {case.q_len:,} tokens; goal: {BLOCK_GOAL} TFLOP/s on an H100", header, cells)

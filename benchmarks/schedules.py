@@ -1,0 +1,394 @@
+"""How a kernel cuts its work into CTAs, and what that makes it load, store and multiply: exact counts.
+
+Every attention kernel here has the same form. A CTA *owns* rows of one side, queries or keys, which it loads once. It *walks*
+pieces of the other side: chunks of the keys of the listed blocks, or the query tiles that list its block. Each piece passes
+through shared memory. A warp (of wgmma, four together: a *unit*) multiplies its own 16 rows with a *step* of the piece, unless
+none of the queries among them sees any of the keys. `docs/performance.md` explains the formulae.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from benchmarks.tile_lists import Lists, Tiles, edges_of_groups, seen_by_groups, tiles_of
+from sparse_attn_jax.implementations.cuda.attention_backward import LONG_LIST, MIN_ENTRIES_PER_PART
+from sparse_attn_jax.testing.cases import Case
+
+ELEMENT_BYTES = 2
+SUM_BYTES = 4
+MATRIX_FLOPS = 2 * 16 * 8 * 16  # of an mma.m16n8k16
+WARP_ROWS = 16  # that a warp owns
+# The key-major kernel: rows of a tile that it computes on at a time, and bytes of each in a table in shared memory.
+PART_ROWS = 32
+TABLE_ROW_BYTES = 32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """A kernel's way to cut the work.
+
+    Attributes:
+      owns: "queries" (forward, dQ) or "keys" (dK and dV): what a CTA keeps while it walks the other.
+      tokens: query tokens of a tile. Its rows are these tokens with the query heads of one KV head.
+      rows: query rows that a CTA has at a time, padding included. A tile with more is cut into slices.
+      keys: keys of a chunk.
+      step: walked rows that are multiplied at a time.
+      warps: of a CTA, those that multiply.
+      unit_warps: warps that multiply together: 1 for mma, 4 for wgmma.
+      owned_arrays: arrays of which a CTA loads its own rows. (Of the walked side it is always two: keys and values, or queries
+        and gradients of the output.)
+      written_arrays: results with a row per owned row.
+      writes_lse: and a float32 for each.
+      shared_products: matrix products that read both sides from shared memory.
+      register_products: those that have the owned side's factor in registers.
+      shared_bytes: of a CTA.
+      registers: of a thread.
+      instructions: `None`: not known, and then no limit.
+      tensor: which instruction multiplies, "mma" or "wgmma".
+    """
+
+    name: str
+    owns: str
+    tokens: int
+    rows: int
+    keys: int
+    step: int
+    warps: int
+    unit_warps: int = 1
+    owned_arrays: int
+    written_arrays: int
+    writes_lse: bool = False
+    shared_products: int
+    register_products: int
+    shared_bytes: int
+    registers: int
+    instructions: "Instructions | None" = None
+    tensor: str = "mma"
+
+    @property
+    def owned(self) -> int:
+        return self.rows if self.owns == "queries" else self.keys
+
+    @property
+    def walked(self) -> int:
+        return self.keys if self.owns == "queries" else self.rows
+
+    @property
+    def units(self) -> int:
+        return self.warps // self.unit_warps
+
+    @property
+    def products(self) -> int:
+        return self.shared_products + self.register_products
+
+
+# ---- Schedules. Row bytes with padding: sm80/matrix.cuh; shared memory: the Config structs of each kernel.
+
+
+@dataclasses.dataclass(frozen=True)
+class Instructions:
+    """What a warp issues in the main loop.
+
+    Attributes:
+      step: for a step that it computes, if no row sees only a part of it.
+      piece: for each piece, computed or not: tests of what is visible, barriers, bookkeeping.
+      copy: for each copy of 16 bytes per lane.
+    """
+
+    step: int
+    piece: int
+    copy: int
+
+
+# Of D=128 and chunks of 64 keys, by nvcc of CUDA 13.0 for sm_80: registers from ptxas -v, instructions counted in the listing
+# (cuobjdump -sass) of sources from which the soft cap and the branch for steps with an edge were taken out.
+REGISTERS = dict(forward=176, query_gradient=240, key_gradient=241)
+INSTRUCTIONS = dict(
+    forward=Instructions(step=920, piece=480, copy=14),
+    query_gradient=Instructions(step=890, piece=480, copy=14),
+    key_gradient=Instructions(step=565, piece=980, copy=40),
+)
+
+
+def sm80_forward(case: Case, tokens: int, *, warps: int | None = None) -> Schedule:
+    """csrc/sm80/attention_forward.cuh. Without `warps`: as many as the tile has 16 rows."""
+    return sm80_query_major("forward", case, tokens, warps)
+
+
+def sm80_query_gradient(case: Case, tokens: int, *, warps: int | None = None) -> Schedule:
+    """The dQ kernel of csrc/sm80/attention_backward.cuh."""
+    return sm80_query_major("query_gradient", case, tokens, warps)
+
+
+def sm80_query_major(kernel: str, case: Case, tokens: int, warps: int | None) -> Schedule:
+    # The gradient's CTAs also have the gradients of their rows' outputs, and multiply them with the values.
+    gradients = 1 if kernel == "query_gradient" else 0
+    warps = warps or -(-tokens * group_size(case) // WARP_ROWS)
+    rows = WARP_ROWS * warps
+    keys = min(case.kv_block_size, 64 if case.head_dim <= 128 else 32)
+    return Schedule(
+        name=f"SM80 {kernel}",
+        owns="queries",
+        tokens=tokens,
+        rows=rows,
+        keys=keys,
+        step=keys,
+        warps=warps,
+        owned_arrays=1 + gradients,
+        written_arrays=1,
+        writes_lse=gradients == 0,
+        shared_products=1 + gradients,
+        register_products=1,
+        shared_bytes=((1 + gradients) * rows + 2 * 2 * keys) * padded_row_bytes(case),
+        registers=REGISTERS[kernel],
+        instructions=INSTRUCTIONS[kernel],
+    )
+
+
+def sm80_key_gradient(case: Case, tokens: int, *, rows: int | None = None, which: str = "both") -> Schedule:
+    """The dK and dV kernel of csrc/sm80/attention_backward.cuh; `which` is "both", "key" or "value"."""
+    rows = rows or -(-tokens * group_size(case) // PART_ROWS) * PART_ROWS
+    keys = min(case.kv_block_size, 64)
+    stages = 1 if case.head_dim > 128 else 2
+    return Schedule(
+        name="SM80 key_gradient",
+        owns="keys",
+        tokens=tokens,
+        rows=rows,
+        keys=keys,
+        step=PART_ROWS,
+        warps=keys // WARP_ROWS,
+        owned_arrays=2,
+        written_arrays=2 if which == "both" else 1,
+        shared_products=1 if which == "value" else 2,
+        register_products=2 if which == "both" else 1,
+        shared_bytes=(2 * keys + 2 * stages * rows) * padded_row_bytes(case) + stages * rows * TABLE_ROW_BYTES,
+        registers=REGISTERS["key_gradient"],
+        instructions=INSTRUCTIONS["key_gradient"],
+    )
+
+
+def infllm_v2_forward(case: Case) -> Schedule:
+    """InfLLM-v2's forward as published (github.com/OpenBMB/infllmv2_cuda_impl): a CTA is one warp with one token.
+
+    16 rows, the group's heads, walk the token's own blocks; one buffer each for queries, keys and values.
+    """
+    return Schedule(
+        name="InfLLM-v2 forward",
+        owns="queries",
+        tokens=1,
+        rows=WARP_ROWS,
+        keys=64,
+        step=64,
+        warps=1,
+        owned_arrays=1,
+        written_arrays=1,
+        writes_lse=True,
+        shared_products=1,
+        register_products=1,
+        shared_bytes=(WARP_ROWS + 2 * 64) * case.head_dim * ELEMENT_BYTES,
+        registers=255,
+    )
+
+
+def sm90_forward(case: Case, tokens: int) -> Schedule:
+    """A plan, no kernel yet: TMA into three stages, wgmma by one or more warpgroups of 64 rows."""
+    units = -(-tokens * group_size(case) // 64)
+    keys = min(case.kv_block_size, 64)
+    return Schedule(
+        name="SM90 forward (planned)",
+        owns="queries",
+        tokens=tokens,
+        rows=64 * units,
+        keys=keys,
+        step=keys,
+        warps=4 * units,
+        unit_warps=4,
+        owned_arrays=1,
+        written_arrays=1,
+        writes_lse=True,
+        shared_products=1,
+        register_products=1,
+        shared_bytes=(64 * units + 3 * 2 * keys) * case.head_dim * ELEMENT_BYTES,
+        registers=168,
+        tensor="wgmma",
+    )
+
+
+def group_size(case: Case) -> int:
+    return case.num_q_heads // case.num_kv_heads
+
+
+def padded_row_bytes(case: Case) -> int:
+    return case.head_dim * ELEMENT_BYTES + 16
+
+
+# ---- Counts.
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What the CTAs of a schedule find to do.
+
+    Attributes:
+      ctas: number of CTAs.
+      owned: owned rows that exist.
+      pieces: walked pieces.
+      items: walked rows that exist.
+      steps: pairs of a unit and a step of a piece that are computed.
+      longest: pieces of the CTA that has most.
+      missed: walked rows that L2 cannot keep, by `Device.l2_capacity`.
+      edge_steps: steps in which a row sees some keys and not others; only counted where that makes a difference.
+      summed: owned rows whose results are sums of several CTAs', by way of float32.
+    """
+
+    ctas: float
+    owned: float
+    pieces: float
+    items: float
+    steps: float
+    longest: float
+    missed: float
+    edge_steps: float = 0
+    summed: float = 0
+
+
+def work_of(schedule: Schedule, lists: Lists, l2_capacity: float = np.inf) -> Work:
+    find = query_major_work if schedule.owns == "queries" else key_major_work
+    return find(schedule, lists, tiles_of(lists, schedule.tokens), l2_capacity)
+
+
+def query_major_work(schedule: Schedule, lists: Lists, tiles: Tiles, l2_capacity: float) -> Work:
+    case, scale = lists.case, lists.coverage * lists.repeats
+    slices = slices_of_tile(schedule, case)
+    pieces = tiles.blocks * (case.kv_block_size // schedule.keys) * slices
+    keys = (tiles.blocks * case.kv_block_size - tiles.has_last * missing_keys(lists)) * slices
+    tokens, repeats = group_of_rows(case, WARP_ROWS * schedule.unit_warps)
+    steps = seen_by_groups(lists, schedule.tokens, tokens, schedule.keys, case.kv_len) * repeats
+    missed = keys * miss_rate(tiles.visible * row_pair_bytes(case), l2_capacity)
+    return Work(
+        ctas=len(pieces) * slices * scale,
+        owned=tiles.tokens.sum() * group_size(case) * scale,
+        pieces=pieces.sum() * scale,
+        items=keys.sum() * scale,
+        steps=steps * scale,
+        longest=pieces.max() / slices,
+        missed=missed.sum() * scale,
+    )
+
+
+def key_major_work(schedule: Schedule, lists: Lists, tiles: Tiles, l2_capacity: float) -> Work:
+    case = lists.case
+    slices, chunks = slices_of_tile(schedule, case), case.kv_block_size // schedule.keys
+    lengths = tiles.visits * lists.coverage
+    rows = tiles.visit_tokens * group_size(case) * lists.coverage
+    parts = parts_of_lists(lists, schedule.tokens, lengths)
+    block = np.arange(lists.num_kv_blocks)
+    keys = np.where(block == block[-1], case.kv_block_size - missing_keys(lists), case.kv_block_size)
+    # The queries that may list a block: all that causality lets see it.
+    first_query = np.clip(block * case.kv_block_size - (case.kv_len - case.q_len), 0, case.q_len) if case.is_causal else 0
+    reach = (case.q_len - first_query) * group_size(case) * row_pair_bytes(case)
+    tokens, repeats = group_of_rows(case, PART_ROWS)
+    group = (lists, schedule.tokens, tokens, WARP_ROWS, lists.num_kv_blocks * case.kv_block_size)
+    scale = lists.coverage * lists.repeats
+    return Work(
+        ctas=parts.sum() * chunks * lists.repeats,
+        owned=(parts * keys).sum() * lists.repeats,
+        pieces=lengths.sum() * slices * chunks * lists.repeats,
+        items=rows.sum() * chunks * lists.repeats,
+        steps=seen_by_groups(*group) * repeats * scale,
+        edge_steps=edges_of_groups(*group) * repeats * scale,
+        longest=np.ceil(lengths / parts).max() * slices,
+        missed=(rows * miss_rate(reach, l2_capacity)).sum() * chunks * lists.repeats,
+        summed=((parts > 1) * parts * keys).sum() * lists.repeats,
+    )
+
+
+def slices_of_tile(schedule: Schedule, case: Case) -> int:
+    return -(-schedule.tokens * group_size(case) // schedule.rows)
+
+
+def group_of_rows(case: Case, rows: int) -> tuple[int, int]:
+    """Tokens that `rows` successive rows of a tile belong to, and how many such groups of rows these tokens have."""
+    group = group_size(case)
+    if rows % group and group % rows:
+        raise ValueError(f"`case` has {group} query heads per KV head; the model needs a divisor or a multiple of {rows}.")
+    return max(1, rows // group), max(1, group // rows)
+
+
+def missing_keys(lists: Lists) -> int:
+    """Keys that the last block lacks."""
+    return lists.num_kv_blocks * lists.case.kv_block_size - lists.case.kv_len
+
+
+def parts_of_lists(lists: Lists, tokens: int, lengths: np.ndarray) -> np.ndarray:
+    """CTAs that share each block's list of tiles, as implementations/cuda/attention_backward.py has it: as `lengths`."""
+    return np.maximum(np.ceil(lengths / entries_per_part(lists, tokens)), 1).astype(np.int64)
+
+
+def entries_per_part(lists: Lists, tokens: int) -> int:
+    return max(MIN_ENTRIES_PER_PART, LONG_LIST * -(-num_entries(lists, tokens) // lists.num_kv_blocks))
+
+
+def num_entries(lists: Lists, tokens: int) -> int:
+    """Slots of all lists of a plan."""
+    capacity = min(lists_per_tile(lists.case, tokens) * lists.ids.shape[-1], lists.num_kv_blocks)
+    return -(-lists.case.q_len // tokens) * capacity
+
+
+def lists_per_tile(case: Case, tokens: int) -> int:
+    return 1 if case.q_len <= case.q_block_size else tokens // math.gcd(tokens, case.q_block_size)
+
+
+def miss_rate(reach, l2_capacity: float):
+    """Share of loads that miss if they are spread evenly over `reach` bytes, of which L2 keeps as much as it can."""
+    return np.maximum(0.0, 1 - l2_capacity / np.maximum(reach, 1))
+
+
+def row_pair_bytes(case: Case) -> int:
+    """A key and its value, or a query and the gradient of its output."""
+    return 2 * case.head_dim * ELEMENT_BYTES
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """Bytes and operations of a launch. `loaded` is rows of the big arrays; the rest is in `benchmarks.metadata`."""
+
+    loaded: float
+    stored: float
+    shared_loaded: float
+    shared_stored: float
+    flops: float
+
+    @property
+    def matrix_instructions(self) -> float:
+        return self.flops / MATRIX_FLOPS
+
+
+def counts_of(schedule: Schedule, case: Case, work: Work) -> Counts:
+    row_bytes = case.head_dim * ELEMENT_BYTES
+    unit_rows = WARP_ROWS * schedule.unit_warps
+    rows_per_step = schedule.shared_products * (unit_rows + schedule.step) + schedule.register_products * schedule.step
+    # Float32 sums have one element more, of the bias, if they are of keys or of both.
+    is_key_major = schedule.owns == "keys"
+    sum_bytes = (schedule.written_arrays * case.head_dim + (schedule.shared_products == 2)) * SUM_BYTES
+    result_bytes = schedule.written_arrays * row_bytes + schedule.writes_lse * SUM_BYTES
+    return Counts(
+        loaded=row_bytes * (schedule.owned_arrays * work.owned + 2 * work.items),
+        stored=result_bytes * (work.owned - work.summed) + sum_bytes * work.summed,
+        shared_loaded=row_bytes * rows_per_step * work.steps + is_key_major * table_bytes(schedule, work),
+        shared_stored=row_bytes * (schedule.owned_arrays * schedule.owned * work.ctas + 2 * schedule.walked * work.pieces)
+        + is_key_major * TABLE_ROW_BYTES * schedule.rows * work.pieces,
+        flops=work.steps * schedule.products * 2 * unit_rows * schedule.step * case.head_dim,
+    )
+
+
+def table_bytes(schedule: Schedule, work: Work) -> float:
+    """What the key-major kernel reads of its table: 32 lanes a row each to see what is visible, then rows of their columns.
+
+    Each lane has a quarter of the columns, and reads each row twice unless some of the step is hidden.
+    """
+    looks = work.pieces * schedule.units * (schedule.rows // PART_ROWS)
+    columns = PART_ROWS // 4
+    return 32 * TABLE_ROW_BYTES * (looks + columns * (2 * work.steps - work.edge_steps))
