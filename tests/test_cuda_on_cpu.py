@@ -211,11 +211,20 @@ def test_random_calls_match_oracle(case):
 
 
 @each_arch
-@pytest.mark.parametrize("tile_size", [1, 7, 60])
+@pytest.mark.parametrize("tile_size", [1, 7, 24, 60])
 def test_tiles_of_any_size(tile_size):
     """More rows than a thread block computes on, 8 times the 64 at most, or few."""
     inputs = small_case("group8_bf16_d64")
     compare.assert_results_match(results_of(inputs, make_plan(inputs, tile_size)), inputs)
+
+
+@each_arch
+@pytest.mark.parametrize(("num_q_heads", "selection_heads"), [(64, 64), (128, 1), (128, 128), (96, 1)])
+def test_more_heads_of_a_token_than_rows(num_q_heads, selection_heads):
+    """All heads of one KV head; with a list for each, more than the bits of a word."""
+    sizes = dict(num_q_heads=num_q_heads, num_kv_heads=1, selection_heads=selection_heads, q_len=10, kv_len=100)
+    inputs = make_inputs(dataclasses.replace(as_kernels_take_it(case_named("group8_bf16_d64")), **sizes))
+    compare.assert_results_match(results_of(inputs), inputs)
 
 
 @each_arch

@@ -1,5 +1,7 @@
 """The custom calls of the CUDA kernels, called directly: what they refuse, and the table of what is compiled."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -196,7 +198,7 @@ def call_variant(target: str, dtype: str, head_dim: int, kv_block_size: int, **a
 def test_every_variant_of_the_table_runs(variants, target):
     variants = [variant for variant in variants if variant.kernel == "attention"]
     keys = [(variant.arch, variant.dtype, variant.head_dim) for variant in variants]
-    assert sorted(keys) == sorted((80, dtype, d) for dtype in ("bfloat16", "float16") for d in (64, 96, 128, 256))
+    assert sorted(keys) == sorted(itertools.product((80, 90), ("bfloat16", "float16"), (64, 96, 128, 256)))
     for variant, (arch, dtype, head_dim) in zip(variants, keys):
         assert variant.kv_block_sizes == (16, 32, 64, 128)
         for kv_block_size in variant.kv_block_sizes:

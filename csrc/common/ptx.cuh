@@ -19,6 +19,7 @@
 #define SPARSE_ATTN_HERE
 // Before a loop whose indices have to be known when it is compiled: registers have no addresses.
 #define SPARSE_ATTN_UNROLL _Pragma("unroll")
+#define SPARSE_ATTN_NO_UNROLL _Pragma("unroll 1")
 #else
 #include <array>
 #include <bit>
@@ -31,6 +32,7 @@
 #define SPARSE_ATTN_AT , SPARSE_ATTN_ONLY_AT
 #define SPARSE_ATTN_HERE , location
 #define SPARSE_ATTN_UNROLL
+#define SPARSE_ATTN_NO_UNROLL
 #endif
 
 namespace sparse_attn::ptx {

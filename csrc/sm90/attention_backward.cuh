@@ -12,6 +12,7 @@
 #include "common/inverse.cuh"
 #include "common/tile.cuh"
 #include "params.h"
+#include "sm90/attention_forward.cuh"
 #include "sm90/keys.cuh"
 #include "sm90/matrix.cuh"
 #include "sm90/rows.cuh"
@@ -23,6 +24,235 @@ struct AttentionBackwardArguments {
   TensorMap query, d_out;  // a box has the rows of a slice, or of a strip
   TensorMap key, value;
 };
+
+// How a product x becomes a logit: factor * x in base 2, but for the bias. The derivative of the
+// natural logit with respect to the scaled product is 1 - (slope_factor * x)^2.
+struct LogitFactors {
+  float factor, slope_factor;
+
+  // Products become logits in base 2 already, if there is a soft cap.
+  template <int kColumns>
+  __device__ __forceinline__ static LogitFactors cap(const AttentionInputs& in,
+                                                     float (&products)[kColumns][4]) {
+    if (in.logits_soft_cap == 0) return {in.scale * kLog2E, 0};
+    SPARSE_ATTN_UNROLL
+    for (auto& column : products) {
+      SPARSE_ATTN_UNROLL
+      for (float& x : column) x = logit(in, x, 0).base2;
+    }
+    return {1, kLn2 / in.logits_soft_cap};
+  }
+  __device__ float base2(float x, float bias) const { return x * factor + bias * kLog2E; }
+  __device__ float slope(float x) const { return 1 - x * slope_factor * (x * slope_factor); }
+};
+
+// ---- The gradient of queries.
+
+template <class T_, int kHeadDim_, int kBlockSize, int kKeys_, int kStages, int kBlocks_>
+struct QueryGradientConfig {
+  using T = T_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kKeys = kKeys_;      // of a chunk
+  static constexpr int kBlocks = kBlocks_;  // of a multiprocessor
+  static constexpr int kThreads = 2 * kWarpgroup;
+  static constexpr int kRows = kProductRows;
+  static constexpr bool kMovesRegisters = kBlocks > 1;  // as `ForwardConfig`
+  static constexpr int kProducerRegisters = 72;
+  static constexpr int kConsumerRegisters = 65536 / (kBlocks * kWarpgroup) - kProducerRegisters;
+  using Rows = Matrix<kRows, kHeadDim>;
+  using RowRing = Ring<1, 2 * Rows::kBytes, kWarpgroup / 32>;  // queries, gradients of outputs
+  using Stream = KeyStream<kHeadDim, kBlockSize, kKeys, kStages>;
+  static constexpr int kSharedBytes = RowRing::kBytes + Stream::kBytes + RowRing::kBarrierBytes;
+  static_assert(kSharedBytes <= shared_bytes_of(kBlocks));
+};
+
+// Which pairs of a thread's two rows and the keys of a chunk are visible: bit 4 column + place for
+// what the thread has in x[column][place] of the products.
+template <class Stream>
+__device__ __forceinline__ std::uint32_t visible_pairs(const AttentionInputs& in, const Tile& tile,
+                                                       const Stream& stream, int step) {
+  static_assert(Stream::kKeys <= 64);
+  const ConsumerRows rows(in, tile);
+  std::uint32_t visible = 0;
+  for (int column = 0; column < Stream::kKeys / 8; ++column) {
+    const Piece piece = stream.piece(step, 8 * column / Stream::kPieceKeys);
+    const int first_key = piece.first_key + 8 * column % Stream::kPieceKeys;
+    for (int i = 0; i < 2; ++i) {
+      const int index = first_key + ptx::lane_index() % 4 * 2 + i;
+      const bool is_masked = piece.visible == Visible::kSome;
+      const KeyMask key(in, tile.batch, tile.kv_head, is_masked ? index : in.shape.kv_len);
+      for (int half = 0; half < 2; ++half) {
+        const bool is_visible =
+            piece.has(rows.groups[half]) &&
+            (!is_masked || (key.is_key && rows.masks[half].is_row && key.bias != -INFINITY &&
+                            rows.masks[half].sees(in.mask, key.position, key.segment)));
+        visible |= static_cast<std::uint32_t>(is_visible) << (4 * column + 2 * half + i);
+      }
+    }
+  }
+  return visible;
+}
+
+// Of the pairs, the keys that any of the thread's rows sees, as `zero_unseen` takes them.
+__device__ __forceinline__ std::uint32_t seen_keys(std::uint32_t visible) {
+  std::uint32_t seen = 0;
+  for (int column = 0; column < 8; ++column)
+    seen |= ((visible | visible >> 2) >> (4 * column) & 3) << (2 * column);
+  return seen;
+}
+
+// What the consumers do with a slice, from `step` on, where its chunks start. Returns the step
+// after the one that ends them.
+template <class Config>
+__device__ __forceinline__ int differentiate_slice(const AttentionBackwardParams& p,
+                                                   const Tile& tile,
+                                                   const typename Config::Stream& stream,
+                                                   const typename Config::RowRing& row_ring,
+                                                   int row_step, int step) {
+  using T = typename Config::T;
+  using Rows = typename Config::Rows;
+  using Chunk = typename Config::Stream::Chunk;
+  constexpr int kHeadDim = Config::kHeadDim, kKeys = Config::kKeys;
+  const AttentionInputs& in = p.in;
+  const int own_row = ptx::warp_index() % 4 * 16 + ptx::lane_index() / 4;
+  const int own_rows[2] = {own_row, own_row + 8};
+  float lse[2] = {0, 0}, delta[2] = {0, 0};  // lse in base 2
+  for (int half = 0; half < 2; ++half) {
+    if (own_rows[half] >= tile.num_rows) continue;
+    const std::int64_t offset = tile.row_offset(in.shape, own_rows[half]);
+    lse[half] = ptx::load_global(p.lse + offset) * kLog2E;
+    delta[half] = ptx::load_global(p.delta + offset);
+  }
+  const std::uint32_t query = row_ring.stage(row_step), d_out = query + Rows::kBytes;
+  Sums<kHeadDim> d_query = {};
+  // `d_logits` are the derivatives of the probabilities at first.
+  Sums<kKeys> logits, d_logits;
+  Factors<kKeys> d_logit_factors;
+
+  // When the products of a chunk have been waited for.
+  const auto differentiate = [&](ChunkKind kind, std::uint32_t visible) {
+    if (kind == ChunkKind::kPlain && in.logits_soft_cap == 0) {
+      const float factor = in.scale * kLog2E;
+      SPARSE_ATTN_UNROLL
+      for (int column = 0; column < kKeys / 8; ++column) {
+        SPARSE_ATTN_UNROLL
+        for (int place = 0; place < 4; ++place) {
+          const int half = place / 2;
+          d_logits[column][place] = ptx::exp2_approx(logits[column][place] * factor - lse[half]) *
+                                    (d_logits[column][place] - delta[half]);
+        }
+      }
+    } else {
+      const LogitFactors factors = LogitFactors::cap(in, logits);
+      SPARSE_ATTN_UNROLL
+      for (int column = 0; column < kKeys / 8; ++column) {
+        const int in_piece = 8 * column % Config::Stream::kPieceKeys;
+        const Piece piece = stream.piece(step, 8 * column / Config::Stream::kPieceKeys);
+        SPARSE_ATTN_UNROLL
+        for (int place = 0; place < 4; ++place) {
+          const int half = place / 2;
+          const int key = piece.first_key + in_piece + ptx::lane_index() % 4 * 2 + place % 2;
+          const float bias =
+              in.key_bias == nullptr ? 0 : KeyMask(in, tile.batch, tile.kv_head, key).bias;
+          const float x = logits[column][place], base2 = factors.base2(x, bias);
+          const bool is_visible = (visible >> (4 * column + place) & 1) != 0 && base2 != -INFINITY;
+          d_logits[column][place] = is_visible ? ptx::exp2_approx(base2 - lse[half]) *
+                                                     (d_logits[column][place] - delta[half]) *
+                                                     factors.slope(x)
+                                               : 0;
+        }
+      }
+    }
+    if (kind == ChunkKind::kEdge) stream.zero_unseen(stream.keys(step), seen_keys(visible), 1);
+  };
+
+  row_ring.wait_full(row_step);
+  const int first_step = step;
+  for (ChunkKind kind; (kind = stream.wait_keys(step)) != ChunkKind::kEnd; ++step) {
+    ptx::warpgroup_fence(logits);
+    multiply_transposed<T, Rows, Chunk>(logits, query, 0, stream.keys(step));
+    ptx::warpgroup_commit();
+    // The sums of the chunk before are over.
+    ptx::warpgroup_wait<1>(d_query);
+    if (step > first_step) stream.release_keys(step - 1);
+    stream.wait_values(step);
+    ptx::warpgroup_fence(d_logits);
+    multiply_transposed<T, Rows, Chunk>(d_logits, d_out, 0, stream.values(step));
+    ptx::warpgroup_commit();
+    std::uint32_t visible = ~0u;
+    if (kind != ChunkKind::kPlain) visible = visible_pairs(in, tile, stream, step);
+    ptx::warpgroup_wait<0>(logits, d_logits);
+    stream.release_values(step);
+    differentiate(kind, visible);
+    round_to_factors<T, kKeys>(d_logit_factors, d_logits);
+    ptx::warpgroup_fence(d_query, d_logit_factors);
+    multiply_factors<T, Chunk>(d_query, d_logit_factors, stream.keys(step));
+    ptx::warpgroup_commit();
+  }
+  ptx::warpgroup_wait<0>(d_query);
+  if (step > first_step) stream.release_keys(step - 1);
+  row_ring.release(row_step);
+  stream.release_keys(step);
+  stream.wait_values(step);
+  stream.release_values(step);
+
+  SPARSE_ATTN_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    if (own_rows[half] < tile.num_rows) {
+      store_row<T, kHeadDim>(p.d_query, tile.row_offset(in.shape, own_rows[half]), d_query, half,
+                             in.scale);
+    }
+  }
+  return step + 1;
+}
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
+    query_gradient(const __grid_constant__ AttentionBackwardArguments arguments) {
+  using Rows = typename Config::Rows;
+  const AttentionInputs& in = arguments.params.in;
+  const int thread = static_cast<int>(threadIdx.x);
+  const std::uint32_t query = ptx::shared_base(), d_out = query + Rows::kBytes,
+                      keys = query + Config::RowRing::kBytes;
+  const typename Config::Stream stream(keys);
+  const typename Config::RowRing row_ring(query, keys + Config::Stream::kBytes);
+  const int box_rows = SliceBox(in.shape, in.plan).rows();
+  // No copy writes these.
+  const auto is_beyond = [&](int row) { return row >= box_rows; };
+  zero_rows<Rows, Config::kThreads>(query, thread, is_beyond);
+  zero_rows<Rows, Config::kThreads>(d_out, thread, is_beyond);
+  ptx::fence_async_proxy();
+  if (thread == 0) {
+    stream.init();
+    row_ring.init();
+    ptx::mbarrier_init_fence();
+  }
+  ptx::sync_threads();  // the barriers can be used, and the zeros are there
+
+  const Slices slices(in, Config::kRows);
+  int slice = 0, step = 0;
+  if (thread >= kWarpgroup) {
+    if constexpr (Config::kMovesRegisters) ptx::release_registers<Config::kProducerRegisters>();
+    if (ptx::warp_index() != kWarpgroup / 32) return;
+    slices.for_each([&](const Tile& tile) {
+      if (ptx::lane_index() == 0) {
+        row_ring.wait_empty(slice);
+        const std::uint32_t full = row_ring.full(slice);
+        ptx::mbarrier_arrive_expect(full, 2 * box_rows * 2 * Config::kHeadDim);
+        load_slice<Rows>(query, arguments.query, tile, full);
+        load_slice<Rows>(d_out, arguments.d_out, tile, full);
+      }
+      step = stream.produce(in, tile, arguments.key, arguments.value, step);
+      ++slice;
+    });
+  } else {
+    if constexpr (Config::kMovesRegisters) ptx::take_registers<Config::kConsumerRegisters>();
+    slices.for_each([&](const Tile& tile) {
+      step = differentiate_slice<Config>(arguments.params, tile, stream, row_ring, slice, step);
+      ++slice;
+    });
+  }
+}
 
 // ---- The gradients of keys and values.
 
@@ -52,12 +282,13 @@ struct Part {
   int first_key;
 };
 
-template <class T_, int kHeadDim_, int kBlockSize>
+template <class T_, int kHeadDim_, int kKeys_>
 struct KeyGradientConfig {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
   // Of a chunk. Products have 64 rows; those beyond the chunk are computed and not looked at.
-  static constexpr int kKeys = kBlockSize < kProductRows ? kBlockSize : kProductRows;
+  static constexpr int kKeys = kKeys_;
+  static_assert(kKeys <= kProductRows);
   // A warpgroup's registers hold the sums of both gradients: then the two consumers take turns at
   // the stages. If not, each has one gradient, and both read all stages.
   static constexpr bool kTakesTurns = kHeadDim <= 128;
@@ -66,7 +297,11 @@ struct KeyGradientConfig {
   static constexpr int kBlocks = 1;                                        // of a multiprocessor
   static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;  // of a thread
   using Keys = Matrix<kProductRows, kHeadDim>;
-  using Stream = RowStream<kHeadDim, kHeadDim <= 128 ? 5 : 2, kTakesTurns ? 1 : kConsumers>;
+  // An even number: consumers that take turns have stages of their own, and see all phases of
+  // their barriers.
+  static constexpr int kStages = kHeadDim <= 96 ? 6 : kHeadDim <= 128 ? 4 : 2;
+  static_assert(kStages % kConsumers == 0);
+  using Stream = RowStream<kHeadDim, kStages, kTakesTurns ? 1 : kConsumers>;
 
   // In shared memory.
   static constexpr int kKey = 0, kValue = Keys::kBytes, kStream = 2 * Keys::kBytes;
@@ -98,16 +333,15 @@ __device__ __forceinline__ std::uint32_t visible_pairs(const AttentionInputs& in
                                                        int own_key) {
   const KeyTable::Key own[2] = {keys.key(own_key), keys.key(own_key + 8)};
   std::uint32_t visible = 0;
-  SPARSE_ATTN_UNROLL
+  SPARSE_ATTN_NO_UNROLL
   for (int column = 0; column < kProductRows / 8; ++column) {
-    SPARSE_ATTN_UNROLL
     for (int i = 0; i < 2; ++i) {
       const RowMask row = rows.mask(8 * column + ptx::lane_index() % 4 * 2 + i);
-      SPARSE_ATTN_UNROLL
       for (int half = 0; half < 2; ++half) {
         const KeyTable::Key& key = own[half];
-        if (row.is_row && key.is_key && row.sees(in.mask, key.position, key.segment))
-          visible |= 1u << (4 * column + 2 * half + i);
+        const bool is_visible =
+            row.is_row && key.is_key && row.sees(in.mask, key.position, key.segment);
+        visible |= static_cast<std::uint32_t>(is_visible) << (4 * column + 2 * half + i);
       }
     }
   }
@@ -133,7 +367,7 @@ __device__ __forceinline__ void sum_gradients(KeyGradients<Config::kHeadDim>& gr
   const int lane = ptx::lane_index();
   const int own_key = ptx::warp_index() % 4 * 16 + lane / 4;  // and the eighth after it
   // Transposed: a row is a key.
-  Sums<kProductRows> probs, d_logits = {};
+  Sums<kProductRows> probs, d_logits;
   Factors<kProductRows> prob_factors, d_logit_factors;
   const auto round = [&] {
     if constexpr (kHasValue) round_to_factors<T, kProductRows>(prob_factors, probs);
@@ -196,32 +430,26 @@ __device__ __forceinline__ void sum_gradients(KeyGradients<Config::kHeadDim>& gr
       const KeyTable keys = memory.key_table();
       std::uint32_t visible = ~0u;
       if (content == Content::kMasked) visible = visible_pairs(in, table, keys, own_key);
-      const float bias[2] = {keys.key(own_key).bias * kLog2E, keys.key(own_key + 8).bias * kLog2E};
+      const float bias[2] = {keys.key(own_key).bias, keys.key(own_key + 8).bias};
       ptx::warpgroup_wait<0>(probs);
       if constexpr (kHasKey) ptx::warpgroup_wait<0>(d_logits);
-      const bool is_capped = in.logits_soft_cap != 0;
-      if (is_capped) {
-        SPARSE_ATTN_UNROLL
-        for (auto& column : probs) {
-          SPARSE_ATTN_UNROLL
-          for (float& x : column) x = tanhf(x * in.scale / in.logits_soft_cap);
-        }
-      }
-      const float factor = (is_capped ? in.logits_soft_cap : in.scale) * kLog2E;
+      const LogitFactors factors = LogitFactors::cap(in, probs);
       SPARSE_ATTN_UNROLL
       for (int column = 0; column < kProductRows / 8; ++column) {
         const int row = 8 * column + lane % 4 * 2;
         const auto lse = table.lse_of_two(row), delta = table.delta_of_two(row);
         SPARSE_ATTN_UNROLL
         for (int place = 0; place < 4; ++place) {
-          float &prob = probs[column][place], &d_logit = d_logits[column][place];
-          const float x = prob * factor + bias[place / 2];
-          const float slope = is_capped ? 1 - prob * prob : 1;
+          float& prob = probs[column][place];
+          const float x = factors.base2(prob, bias[place / 2]), slope = factors.slope(prob);
           const bool is_visible = (visible >> (4 * column + place) & 1) != 0 && x != -INFINITY;
           prob = is_visible ? ptx::exp2_approx(x - lse.x[place % 2]) : 0;
-          const float d_biased = is_visible ? prob * (d_logit - delta.x[place % 2]) : 0;
-          gradients.bias[place / 2] += d_biased;
-          d_logit = is_visible ? d_biased * slope : 0;
+          if constexpr (kHasKey) {
+            float& d_logit = d_logits[column][place];
+            const float d_biased = is_visible ? prob * (d_logit - delta.x[place % 2]) : 0;
+            gradients.bias[place / 2] += d_biased;
+            d_logit = is_visible ? d_biased * slope : 0;
+          }
         }
       }
       round();
@@ -300,8 +528,10 @@ __device__ __forceinline__ void store_gradient(const AttentionBackwardParams& p,
   SPARSE_ATTN_UNROLL
   for (int half = 0; half < 2; ++half) {
     float bias_sum = gradients.bias[half];
-    bias_sum += ptx::shuffle_xor(bias_sum, 1);
-    bias_sum += ptx::shuffle_xor(bias_sum, 2);
+    if constexpr (kIsKey) {
+      bias_sum += ptx::shuffle_xor(bias_sum, 1);
+      bias_sum += ptx::shuffle_xor(bias_sum, 2);
+    }
     const int i = ptx::warp_index() % 4 * 16 + lane / 4 + 8 * half, key = part.first_key + i;
     if (i >= Config::kKeys || key >= shape.kv_len) continue;
     if (part.partial_row < 0) {
@@ -323,18 +553,26 @@ __device__ __forceinline__ void store_gradient(const AttentionBackwardParams& p,
   }
 }
 
-// The consumer that writes d_key, or the one that writes d_value.
-template <class Config, bool kIsKey>
+// The first consumer writes d_key, the second d_value.
+template <class Config>
 __device__ __forceinline__ void consume(const AttentionBackwardParams& p,
-                                        const KeyGradientMemory<Config>& memory) {
-  KeyGradients<Config::kHeadDim> gradients;
+                                        const KeyGradientMemory<Config>& memory, bool is_first) {
+  const auto sum = [&]<bool kHasKey, bool kHasValue>(int first_step) {
+    KeyGradients<Config::kHeadDim> gradients;
+    constexpr int kStride = Config::kTakesTurns ? Config::kConsumers : 1;
+    sum_gradients<Config, kHasKey, kHasValue, kStride>(gradients, p.in, memory, first_step);
+    if constexpr (Config::kTakesTurns) exchange<Config>(gradients, memory, is_first);
+    const auto part = ptx::load_shared<Part>(memory.part());
+    if (kHasKey && is_first) store_gradient<Config, true>(p, gradients, part);
+    if (kHasValue && !is_first) store_gradient<Config, false>(p, gradients, part);
+  };
   if constexpr (Config::kTakesTurns) {
-    sum_gradients<Config, true, true, Config::kConsumers>(gradients, p.in, memory, !kIsKey);
-    exchange<Config>(gradients, memory, kIsKey);
+    sum.template operator()<true, true>(!is_first);
+  } else if (is_first) {
+    sum.template operator()<true, false>(0);
   } else {
-    sum_gradients<Config, kIsKey, !kIsKey, 1>(gradients, p.in, memory, 0);
+    sum.template operator()<false, true>(0);
   }
-  store_gradient<Config, kIsKey>(p, gradients, ptx::load_shared<Part>(memory.part()));
 }
 
 template <class Config>
@@ -351,6 +589,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
                         static_cast<int>(blockIdx.x) % chunks_per_block * Config::kKeys;
   const KeyGradientMemory<Config> memory;
   const int thread = static_cast<int>(threadIdx.x);
+  memory.stream.template zero_rows_between<Config::kThreads>(StripBox(in.shape, in.plan), thread);
+  ptx::fence_async_proxy();
   if (thread == 0) {
     memory.stream.init();
     ptx::mbarrier_init(memory.key_barrier(), 1);
@@ -361,9 +601,10 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
   }
   if (thread < kProductRows)
     memory.key_table().store(thread, KeyMask(in, batch, kv_head, first_key + thread));
-  ptx::sync_threads();  // the barriers can be used, and the tables are there
+  ptx::sync_threads();  // the barriers can be used, tables and zeros are there
 
-  const int warpgroup = thread / kWarpgroup;
+  // The compiler sees that it is the same in all lanes.
+  const int warpgroup = ptx::shuffle(thread / kWarpgroup, 0);
   if (warpgroup == Config::kConsumers) {
     ptx::release_registers<Config::kProducerRegisters>();
     const int warp = ptx::warp_index() % (kWarpgroup / 32);
@@ -381,11 +622,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     }
   } else {
     ptx::take_registers<Config::kConsumerRegisters>();
-    if (warpgroup == 0) {
-      consume<Config, true>(p, memory);
-    } else {
-      consume<Config, false>(p, memory);
-    }
+    consume(p, memory, warpgroup == 0);
   }
 }
 

@@ -237,10 +237,6 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
   const typename Config::Stream stream(query + Query::kBytes);
   const typename Config::QueryRing query_ring(query,
                                               query + Query::kBytes + Config::Stream::kBytes);
-  const int box_rows = SliceBox(in.shape, in.plan).rows();
-  // No copy writes these.
-  zero_rows<Query, Config::kThreads>(query, thread, [&](int row) { return row >= box_rows; });
-  ptx::fence_async_proxy();
   if (thread == 0) {
     stream.init();
     query_ring.init();
@@ -251,12 +247,14 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
   const Slices slices(in, Config::kRows);
   int slice = 0, step = 0;
   if (thread >= kWarpgroup) {
+    // A tile may have fewer rows: whatever lies in the others, nothing is stored for them.
+    const int query_bytes = SliceBox(in.shape, in.plan).rows() * 2 * Config::kHeadDim;
     if constexpr (Config::kMovesRegisters) ptx::release_registers<Config::kProducerRegisters>();
     if (ptx::warp_index() != kWarpgroup / 32) return;
     slices.for_each([&](const Tile& tile) {
       if (ptx::lane_index() == 0) {
         query_ring.wait_empty(slice);
-        ptx::mbarrier_arrive_expect(query_ring.full(slice), box_rows * 2 * Config::kHeadDim);
+        ptx::mbarrier_arrive_expect(query_ring.full(slice), query_bytes);
         load_slice<Query>(query_ring.stage(slice), arguments.query, tile, query_ring.full(slice));
       }
       step = stream.produce(in, tile, arguments.key, arguments.value, step);

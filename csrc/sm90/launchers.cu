@@ -11,17 +11,15 @@
 namespace sparse_attn::sm90 {
 namespace {
 
-// Whether the rows that a warpgroup computes on are a box of the query array, which a tensor copy
-// can bring: whole tokens, or a part of one token's heads; and whether there is anything to copy.
-// The kernels of compute capability 8.0 compute the rest.
+// Whether the rows of a slice are a box of the query array, which a tensor copy can bring: all rows
+// of a tile, some whole tokens, or a part of one token's heads; and whether there is anything to
+// copy. The kernels of compute capability 8.0 compute the rest.
 bool is_regular(const AttentionInputs& in) {
   const AttentionShape& shape = in.shape;
   if (shape.q_len == 0 || shape.kv_len == 0 || shape.key_batch == 0) return false;
-  const int group_size = shape.num_q_heads / shape.num_kv_heads;
-  if (group_size % kProductRows == 0) return true;
-  if (kProductRows % group_size != 0) return false;
-  const int tokens = kProductRows / group_size;
-  return in.plan.tile_size <= tokens || in.plan.tile_size % tokens == 0;
+  const std::int64_t group_size = shape.num_q_heads / shape.num_kv_heads;
+  if (group_size * in.plan.tile_size <= kProductRows || group_size % kProductRows == 0) return true;
+  return kProductRows % group_size == 0 && in.plan.tile_size % (kProductRows / group_size) == 0;
 }
 
 const AttentionVariant& of_sm80(VariantKey key) {
@@ -50,9 +48,9 @@ template <class T, int kHeadDim, int kBlockSize>
 struct Variant {
   static constexpr VariantKey kKey = {90, kDtype<T>, kHeadDim, kBlockSize};
 
-  // Stages and blocks of a multiprocessor: what registers and shared memory hold.
-  using Forward = ForwardConfig < T, kHeadDim, kBlockSize, 64,
-        kHeadDim<128 ? 4 : 3, kHeadDim <= 128 ? 2 : 1>;
+  // What registers and shared memory hold.
+  static constexpr int kStages = kHeadDim >= 128 ? 3 : 4, kBlocks = kHeadDim > 128 ? 1 : 2;
+  using Forward = ForwardConfig<T, kHeadDim, kBlockSize, 64, kStages, kBlocks>;
 
   static Status forward(const AttentionForwardParams& params, const LaunchContext& context) {
     const AttentionInputs& in = params.in;
@@ -70,34 +68,36 @@ struct Variant {
     }
   }
 
-  using OfKey = KeyGradientConfig<T, kHeadDim, kBlockSize>;
+  static constexpr int kQueryStages = kHeadDim >= 128 ? 2 : kHeadDim > 64 ? 3 : 4;
+  using OfQuery = QueryGradientConfig<T, kHeadDim, kBlockSize, 64, kQueryStages, kBlocks>;
+  using OfKey = KeyGradientConfig<T, kHeadDim, std::min(kBlockSize, kProductRows)>;
   using OfParts = SumPartialsConfig<T, kHeadDim>;
 
   static Status backward(const AttentionBackwardParams& params, const LaunchContext& context) {
     const AttentionInputs& in = params.in;
     if (!is_regular(in)) return of_sm80(kKey).backward(params, context);
-    const std::int64_t blocks = num_kv_blocks(in.shape);
+    const auto arguments_of = [&](const SliceBox& rows, int keys) -> AttentionBackwardArguments {
+      return {.params = params,
+              .query = map_of_rows<T, kHeadDim>(in.query, in.shape, rows),
+              .d_out = map_of_rows<T, kHeadDim>(params.d_out, in.shape, rows),
+              .key = map_of_keys<T, kHeadDim>(in.key, in.shape, keys),
+              .value = map_of_keys<T, kHeadDim>(in.value, in.shape, keys)};
+    };
+    const auto grid_of = [&](std::int64_t x) -> Grid {
+      return {x, in.shape.num_kv_heads, in.shape.batch};
+    };
+    const std::int64_t blocks = num_kv_blocks(in.shape), partials = params.inverse.num_partials;
     try {
-      // TODO: dQ
-      of_sm80(kKey).backward(params, context);
-      const StripBox box(in.shape, in.plan);
-      const AttentionBackwardArguments of_key = {
-          .params = params,
-          .query = map_of_rows<T, kHeadDim>(in.query, in.shape, box),
-          .d_out = map_of_rows<T, kHeadDim>(params.d_out, in.shape, box),
-          .key = map_of_keys<T, kHeadDim>(in.key, in.shape, OfKey::kKeys),
-          .value = map_of_keys<T, kHeadDim>(in.value, in.shape, OfKey::kKeys)};
+      Status status = launch<OfQuery>(
+          &query_gradient<OfQuery>, grid_of_slices<OfQuery>(in),
+          arguments_of(SliceBox(in.shape, in.plan), OfQuery::Stream::kPieceKeys), context);
+      if (status) return status;
       // Blocks with several parts have at most as many as there is room for their sums.
-      const std::int64_t parts = blocks + params.inverse.num_partials;
-      Status status = launch<OfKey>(
-          &key_gradient<OfKey>,
-          {parts * (in.shape.kv_block_size / OfKey::kKeys), in.shape.num_kv_heads, in.shape.batch},
-          of_key, context);
-      if (!status && params.inverse.num_partials != 0) {
-        status = launch<OfParts>(&sum_partials<OfParts>,
-                                 {blocks, in.shape.num_kv_heads, in.shape.batch}, params, context);
-      }
-      return status;
+      const std::int64_t chunks = (blocks + partials) * (kBlockSize / OfKey::kKeys);
+      status = launch<OfKey>(&key_gradient<OfKey>, grid_of(chunks),
+                             arguments_of(StripBox(in.shape, in.plan), OfKey::kKeys), context);
+      if (status || partials == 0) return status;
+      return launch<OfParts>(&sum_partials<OfParts>, grid_of(blocks), params, context);
     } catch (const std::exception& error) {
       return error.what();
     }

@@ -320,9 +320,8 @@ __device__ __forceinline__ bool elect_one(SPARSE_ATTN_ONLY_AT) {
 
 // From now on, each thread of the warpgroup has at most so many registers: 24 to 256, a multiple of
 // 8. The rest can be taken by other warpgroups of the CTA. All four warps call it. Needs a kernel
-// with
-// __launch_bounds__(threads, 1): then a thread starts with 65536 / threads registers, rounded down
-// to a multiple of 8. With other bounds the assembler ignores it.
+// with __launch_bounds__(threads, blocks): then a thread starts with 65536 / (threads * blocks)
+// registers, rounded down to a multiple of 8. Without such bounds the assembler ignores it.
 template <int kRegisters>
 __device__ __forceinline__ void release_registers(SPARSE_ATTN_ONLY_AT) {
   static_assert(kRegisters >= 24 && kRegisters <= 256 && kRegisters % 8 == 0);

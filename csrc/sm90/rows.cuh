@@ -16,14 +16,18 @@ namespace sparse_attn::sm90 {
 // The rows of a strip share a list, or are so few that copies of less would be slow. A strip may go
 // on beyond its tile: such rows count as not chosen.
 struct StripBox : SliceBox {
-  static constexpr int kFewestRows = 16;
+  static constexpr int kFewestRows = 16;  // if the tile has as many
 
   __host__ __device__ StripBox(const AttentionShape& shape, const PlanParams& plan)
       : SliceBox(shape, plan) {
-    const bool is_mixed = plan.membership != nullptr && plan.row_group_tokens < tokens;
-    const int wanted = is_mixed ? plan.row_group_tokens : tokens;
-    for (tokens = 1; tokens < wanted || rows() < kFewestRows;) tokens *= 2;
+    const int fewest = (kFewestRows + heads - 1) / heads;
+    const int shared = plan.membership == nullptr ? tokens : plan.row_group_tokens;
+    const int wanted = shared < fewest ? fewest : shared;
+    if (wanted < tokens) tokens = wanted;
   }
+  // From one strip to the next in a stage, where copies may begin; rows between them are zeros.
+  __host__ __device__ int stride() const { return (rows() + 7) / 8 * 8; }
+  __host__ __device__ int strips_per_stage() const { return kProductRows / stride(); }
 };
 
 struct alignas(8) Strip {
@@ -46,7 +50,6 @@ class Strips {
         rows_(StripBox(in.shape, in.plan).rows()),
         strips_per_tile_(Tile::slices_per_tile(in.shape, in.plan, rows_)) {}
 
-  __device__ int rows() const { return rows_; }
   __device__ Tile tile(int strip) const {
     return Tile(in_.shape, in_.plan, rows_, batch_, kv_head_, strip);
   }
@@ -172,7 +175,7 @@ class RowStream {
  private:
   // A stage is full when its copies and its table are there.
   using Stages = Ring<kStages, 2 * Rows::kBytes, kReaders * kWarpgroup / 32, 2>;
-  static constexpr int kStripBytes = kProductRows / StripBox::kFewestRows * sizeof(Strip);
+  static constexpr int kStripBytes = kProductRows / 8 * sizeof(Strip);
   static constexpr int kTables = Stages::kBytes, kStrips = kTables + kStages * RowTable::kBytes,
                        kBarriers = kStrips + kStages * kStripBytes,
                        kStripBarriers = kBarriers + Stages::kBarrierBytes;
@@ -180,13 +183,27 @@ class RowStream {
  public:
   static constexpr int kStageBytes = Stages::kBytes;  // from `base` on
   static constexpr int kBytes = kStripBarriers + 8 * kStages;
-  // Not more than stages: who waits for a phase of a barrier must have seen the phase before.
+  // Not more than stages: who waits for a phase of a barrier must know that the one before is over.
   static constexpr int kTableWarps = kStages < 3 ? kStages : 3;
 
   // `base` is a multiple of Rows::kAlignment.
   __device__ explicit RowStream(std::uint32_t base)
       : base_(base), stages_(base, base + kBarriers) {}
 
+  // By `kThreads` threads, of which this is number `thread`, and then fence and barrier as after
+  // `zero_rows`: no copy writes the rows between strips.
+  template <int kThreads>
+  __device__ void zero_rows_between(const StripBox& box, int thread) const {
+    const auto is_between = [&](int row) {
+      return row % box.stride() >= box.rows() || row / box.stride() >= box.strips_per_stage();
+    };
+    if (box.rows() * box.strips_per_stage() == kProductRows) return;
+    SPARSE_ATTN_NO_UNROLL
+    for (int stage = 0; stage < kStages; ++stage) {
+      zero_rows<Rows, kThreads>(query(stage), thread, is_between);
+      zero_rows<Rows, kThreads>(d_out(stage), thread, is_between);
+    }
+  }
   // By one thread, as `Ring::init`.
   __device__ void init() const {
     stages_.init();
@@ -197,18 +214,23 @@ class RowStream {
   __device__ void copy(const AttentionInputs& in, const InverseList& list, int batch, int kv_head,
                        const TensorMap& query_map, const TensorMap& d_out_map) const {
     const bool is_first_lane = ptx::lane_index() == 0;
+    const StripBox box(in.shape, in.plan);
     Strips strips(in, list, batch, kv_head);
     int step = 0;
     for (Strip strip = strips.next(); strip.exists(); ++step) {
       stages_.wait_empty(step);
-      if (is_first_lane) ptx::mbarrier_arrive_expect(stages_.full(step), 2 * Rows::kBytes);
-      for (int row = 0; row < kProductRows; row += strips.rows()) {
+      if (is_first_lane) {
+        ptx::mbarrier_arrive_expect(stages_.full(step),
+                                    2 * box.strips_per_stage() * box.rows() * 2 * kHeadDim);
+      }
+      for (int i = 0; i < box.strips_per_stage(); ++i) {
         if (is_first_lane) {
-          ptx::store_shared(strip_address(step, row / strips.rows()), strip);
+          ptx::store_shared(strip_address(step, i), strip);
           // Where there is no strip, tokens beyond the array: zeros.
           const Tile tile = strips.tile(strip.exists() ? strip.index : 0);
           const int at[5] = {0, tile.first_row % tile.group_size, kv_head,
                              strip.exists() ? tile.token(0) : in.shape.q_len, batch};
+          const int row = i * box.stride();
           load_rows<Rows>(query(step), row, query_map, at, stages_.full(step));
           load_rows<Rows>(d_out(step), row, d_out_map, at, stages_.full(step));
         }
@@ -231,7 +253,8 @@ class RowStream {
   // tables, each warp those of every so many stages. The keys are those that the consumers have.
   __device__ void look_up(const AttentionBackwardParams& p, int batch, int kv_head, int first_key,
                           int last_key, int warp) const {
-    const int strip_rows = StripBox(p.in.shape, p.in.plan).rows(), lane = ptx::lane_index();
+    const StripBox box(p.in.shape, p.in.plan);
+    const int lane = ptx::lane_index();
     for (int step = warp;; step += kTableWarps) {
       // The copying warp has said which strips come, and the consumers have read the old table.
       ptx::mbarrier_wait(strip_barrier(step), step / kStages % 2);
@@ -239,8 +262,11 @@ class RowStream {
       const bool is_over = !strip(0).exists();
       bool sees_some = false, sees_part = false;
       for (int row = is_over ? kProductRows : lane; row < kProductRows; row += 32) {
-        const Visible sees = look_up_row(p, batch, kv_head, first_key, last_key, strip_rows,
-                                         strip(row / strip_rows), table(step), row);
+        const int i = row / box.stride(), row_of_strip = row % box.stride();
+        const bool is_between = i >= box.strips_per_stage() || row_of_strip >= box.rows();
+        const Visible sees =
+            look_up_row(p, batch, kv_head, first_key, last_key, box.rows(),
+                        is_between ? Strip::none() : strip(i), row_of_strip, table(step), row);
         sees_some = sees_some || sees != Visible::kNone;
         sees_part = sees_part || sees == Visible::kSome;
       }
@@ -273,21 +299,22 @@ class RowStream {
   // Returns how much the row sees of the keys.
   __device__ static Visible look_up_row(const AttentionBackwardParams& p, int batch, int kv_head,
                                         int first_key, int last_key, int strip_rows,
-                                        const Strip& strip, const RowTable& table, int row) {
+                                        const Strip& strip, int row_of_strip, const RowTable& table,
+                                        int row) {
     const AttentionInputs& in = p.in;
     RowTable::Row entry;
     Visible sees = Visible::kNone;
     if (strip.exists()) {
       const Tile tile(in.shape, in.plan, strip_rows, batch, kv_head, strip.index);
-      const int i = row % strip_rows;
       const std::int64_t slot = tile.list_offset(in.plan) * in.plan.capacity + strip.slot;
-      if (chose(in.plan, tile, i, slot)) {
-        entry.mask = RowMask(in.shape, in.mask, tile, i);
+      if (chose(in.plan, tile, row_of_strip, slot)) {
+        entry.mask = RowMask(in.shape, in.mask, tile, row_of_strip);
         sees = entry.mask.sees_keys(in, first_key, last_key);
       }
       if (sees != Visible::kNone) {
-        entry.lse = ptx::load_global(p.lse + tile.row_offset(in.shape, i)) * kLog2E;
-        entry.delta = ptx::load_global(p.delta + tile.row_offset(in.shape, i));
+        const std::int64_t offset = tile.row_offset(in.shape, row_of_strip);
+        entry.lse = ptx::load_global(p.lse + offset) * kLog2E;
+        entry.delta = ptx::load_global(p.delta + offset);
       }
     }
     entry.mask.is_row = sees != Visible::kNone;
