@@ -216,29 +216,25 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
                       keys = query + Config::RowRing::kBytes;
   const typename Config::Stream stream(keys);
   const typename Config::RowRing row_ring(query, keys + Config::Stream::kBytes);
-  const int box_rows = SliceBox(in.shape, in.plan).rows();
-  // No copy writes these.
-  const auto is_beyond = [&](int row) { return row >= box_rows; };
-  zero_rows<Rows, Config::kThreads>(query, thread, is_beyond);
-  zero_rows<Rows, Config::kThreads>(d_out, thread, is_beyond);
-  ptx::fence_async_proxy();
   if (thread == 0) {
     stream.init();
     row_ring.init();
     ptx::mbarrier_init_fence();
   }
-  ptx::sync_threads();  // the barriers can be used, and the zeros are there
+  ptx::sync_threads();  // the barriers can be used
 
   const Slices slices(in, Config::kRows);
   int slice = 0, step = 0;
   if (thread >= kWarpgroup) {
     if constexpr (Config::kMovesRegisters) ptx::release_registers<Config::kProducerRegisters>();
     if (ptx::warp_index() != kWarpgroup / 32) return;
+    // A tile may have fewer rows: whatever lies in the others, nothing is stored for them.
+    const int row_bytes = 2 * SliceBox(in.shape, in.plan).rows() * 2 * Config::kHeadDim;
     slices.for_each([&](const Tile& tile) {
       if (ptx::lane_index() == 0) {
         row_ring.wait_empty(slice);
         const std::uint32_t full = row_ring.full(slice);
-        ptx::mbarrier_arrive_expect(full, 2 * box_rows * 2 * Config::kHeadDim);
+        ptx::mbarrier_arrive_expect(full, row_bytes);
         load_slice<Rows>(query, arguments.query, tile, full);
         load_slice<Rows>(d_out, arguments.d_out, tile, full);
       }

@@ -220,8 +220,8 @@ __device__ __forceinline__ int attend_to_slice(const AttentionForwardParams& p, 
     const std::int64_t offset = tile.row_offset(in.shape, rows.rows[half]);
     store_row<T, kHeadDim>(p.out, offset, out, half, factor);
     if (ptx::lane_index() % 4 == 0) {
-      const float lse = (softmax.maximum[half] + ptx::log2_approx(sum)) * kLn2;
-      ptx::store_global(p.lse + offset, sum == 0 ? -INFINITY : lse);
+      // -inf for a row that saw nothing.
+      ptx::store_global(p.lse + offset, (softmax.maximum[half] + ptx::log2_approx(sum)) * kLn2);
     }
   }
   return step + 1;
