@@ -13,6 +13,7 @@ from benchmarks.schedules import (
     entries_per_part,
     group_size,
     lists_per_tile,
+    missing_keys,
     num_entries,
     parts_of_lists,
     slices_of_tile,
@@ -34,8 +35,10 @@ def query_major_words(schedule: Schedule, lists: Lists) -> int:
     threads, slices = 32 * schedule.warps, slices_of_tile(schedule, case)
     rows = tiles.tokens * group_size(case)
     chunks = tiles.blocks * (case.kv_block_size // schedule.keys)
+    # Of the last block there may be chunks without keys.
+    empty = tiles.has_last * (missing_keys(lists) // schedule.keys)
     statistics = 0 if schedule.writes_lse else 2
-    membership = (rows * chunks).sum() * (lists_per_tile(case, schedule.tokens) > 1)
+    membership = (rows * (chunks - empty)).sum() * (lists_per_tile(case, schedule.tokens) > 1)
     # The length of the list, and each block once for its copy and once for its products.
     return threads * slices * (len(chunks) + 2 * chunks.sum()) + 4 * (rows.sum() * (1 + statistics) + membership)
 
@@ -79,7 +82,7 @@ def sum_partials_bytes(lists: Lists, tokens: int) -> tuple[int, int] | None:
     case, tiles = lists.case, tiles_of(lists, tokens)
     parts = parts_of_lists(lists, tokens, tiles.visits)
     keys = np.full(lists.num_kv_blocks, case.kv_block_size)
-    keys[-1] -= lists.num_kv_blocks * case.kv_block_size - case.kv_len
+    keys[-1] -= missing_keys(lists)
     rows = (parts > 1) * keys
     loaded = 128 * 3 * WORD_BYTES * parts.size + 2 * case.head_dim * SUM_BYTES * (rows * parts).sum()
     stored = 2 * case.head_dim * ELEMENT_BYTES * rows.sum()

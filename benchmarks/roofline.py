@@ -45,12 +45,18 @@ from sparse_attn_jax.testing.cases import CASES, case_named
 BEGIN, END = "<!-- begin: written by python -m benchmarks.roofline -->", "<!-- end -->"
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string(
-    "case", None, f"One of {', '.join([*TOKEN_CASES, *BLOCK_CASES])}, or a case of sparse_attn_jax.testing.cases; default: all."
-)
-flags.DEFINE_string("json", None, "Write every predicted figure to this file.")
-flags.DEFINE_string("plot", None, "Write the predicted limits by length to this PNG file (needs matplotlib).")
-flags.DEFINE_string("docs", None, "Rewrite the tables of this Markdown file.")
+
+
+def define_flags() -> None:
+    """Where this is the program: others define flags of the same names."""
+    flags.DEFINE_string(
+        "case",
+        None,
+        f"One of {', '.join([*TOKEN_CASES, *BLOCK_CASES])}, or a case of sparse_attn_jax.testing.cases; default: all.",
+    )
+    flags.DEFINE_string("json", None, "Write every predicted figure to this file.")
+    flags.DEFINE_string("plot", None, "Write the predicted limits by length to this PNG file (needs matplotlib).")
+    flags.DEFINE_string("docs", None, "Rewrite the tables of this Markdown file.")
 
 
 def main(argv: list[str]) -> None:
@@ -150,4 +156,5 @@ def entry_data(entry: Entry) -> dict:
 if __name__ == "__main__":
     # JAX and matplotlib log what they look for.
     logging.set_verbosity(logging.WARNING)
+    define_flags()
     app.run(main)

@@ -19,6 +19,7 @@ def write_plot(path: str, entries: Sequence[Entry]) -> None:
     for axis, lists in zip(axes, GENERATORS):
         draw_lists(axis, entries, lists)
         axis.set_title(f"{lists} lists")
+    axes[0].set_ylim(0, 1.1 * axes[0].get_ylim()[1])  # room for the lengths
     axes[0].set_ylabel("ms, forward on an H100")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=len(labels), fontsize=9)
@@ -52,5 +53,4 @@ def draw_lists(axis, entries: Sequence[Entry], lists: str) -> None:
             middle, 0.97, f"{case.q_len:,} tokens", transform=axis.get_xaxis_transform(), ha="center", va="top", fontsize=9
         )
     axis.set_xticks(places, names, rotation=60, ha="right", fontsize=8)
-    axis.set_ylim(0, 1.25 * max(published.forward for published in INFLLM_V2.values()))
     axis.grid(axis="y", alpha=0.3)

@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from benchmarks.tile_lists import Lists, Tiles, seen_by_groups, tiles_of
+from benchmarks.tile_lists import Lists, Tiles, edges_of_groups, seen_by_groups, tiles_of
 from sparse_attn_jax.implementations.cuda.attention_backward import LONG_LIST, MIN_ENTRIES_PER_PART
 from sparse_attn_jax.testing.cases import Case
 
@@ -91,7 +91,7 @@ class Instructions:
     """What a warp issues in the main loop.
 
     Attributes:
-      step: for a step that it computes, if all of it is visible.
+      step: for a step that it computes, if no row sees only a part of it.
       piece: for each piece, computed or not: tests of what is visible, barriers, bookkeeping.
       copy: for each copy of 16 bytes per lane.
     """
@@ -102,12 +102,12 @@ class Instructions:
 
 
 # Of D=128 and chunks of 64 keys, by nvcc of CUDA 13.0 for sm_80: registers from ptxas -v, instructions counted in the listing
-# (cuobjdump -sass) of sources from which the soft cap and the branch for partly visible steps were taken out.
-REGISTERS = dict(forward=171, query_gradient=238, key_gradient=244)
+# (cuobjdump -sass) of sources from which the soft cap and the branch for steps with an edge were taken out.
+REGISTERS = dict(forward=176, query_gradient=240, key_gradient=241)
 INSTRUCTIONS = dict(
-    forward=Instructions(step=840, piece=490, copy=71),
-    query_gradient=Instructions(step=820, piece=490, copy=72),
-    key_gradient=Instructions(step=350, piece=970, copy=72),
+    forward=Instructions(step=920, piece=480, copy=14),
+    query_gradient=Instructions(step=890, piece=480, copy=14),
+    key_gradient=Instructions(step=565, piece=980, copy=40),
 )
 
 
@@ -237,9 +237,9 @@ class Work:
       pieces: walked pieces.
       items: walked rows that exist.
       steps: pairs of a unit and a step of a piece that are computed.
-      full_steps: of these, those in which everything is visible.
       longest: pieces of the CTA that has most.
       missed: walked rows that L2 cannot keep, by `Device.l2_capacity`.
+      edge_steps: steps in which a row sees some keys and not others; only counted where that makes a difference.
       summed: owned rows whose results are sums of several CTAs', by way of float32.
     """
 
@@ -248,9 +248,9 @@ class Work:
     pieces: float
     items: float
     steps: float
-    full_steps: float
     longest: float
     missed: float
+    edge_steps: float = 0
     summed: float = 0
 
 
@@ -264,15 +264,15 @@ def query_major_work(schedule: Schedule, lists: Lists, tiles: Tiles, l2_capacity
     slices = slices_of_tile(schedule, case)
     pieces = tiles.blocks * (case.kv_block_size // schedule.keys) * slices
     keys = (tiles.blocks * case.kv_block_size - tiles.has_last * missing_keys(lists)) * slices
-    seen, fully = seen_by_rows(schedule, lists, WARP_ROWS * schedule.unit_warps, schedule.keys, case.kv_len)
+    tokens, repeats = group_of_rows(case, WARP_ROWS * schedule.unit_warps)
+    steps = seen_by_groups(lists, schedule.tokens, tokens, schedule.keys, case.kv_len) * repeats
     missed = keys * miss_rate(tiles.visible * row_pair_bytes(case), l2_capacity)
     return Work(
         ctas=len(pieces) * slices * scale,
         owned=tiles.tokens.sum() * group_size(case) * scale,
         pieces=pieces.sum() * scale,
         items=keys.sum() * scale,
-        steps=seen * scale,
-        full_steps=fully * scale,
+        steps=steps * scale,
         longest=pieces.max() / slices,
         missed=missed.sum() * scale,
     )
@@ -289,14 +289,16 @@ def key_major_work(schedule: Schedule, lists: Lists, tiles: Tiles, l2_capacity: 
     # The queries that may list a block: all that causality lets see it.
     first_query = np.clip(block * case.kv_block_size - (case.kv_len - case.q_len), 0, case.q_len) if case.is_causal else 0
     reach = (case.q_len - first_query) * group_size(case) * row_pair_bytes(case)
-    seen, fully = seen_by_rows(schedule, lists, PART_ROWS, WARP_ROWS, lists.num_kv_blocks * case.kv_block_size)
+    tokens, repeats = group_of_rows(case, PART_ROWS)
+    group = (lists, schedule.tokens, tokens, WARP_ROWS, lists.num_kv_blocks * case.kv_block_size)
+    scale = lists.coverage * lists.repeats
     return Work(
         ctas=parts.sum() * chunks * lists.repeats,
         owned=(parts * keys).sum() * lists.repeats,
         pieces=lengths.sum() * slices * chunks * lists.repeats,
         items=rows.sum() * chunks * lists.repeats,
-        steps=seen * lists.coverage * lists.repeats,
-        full_steps=fully * lists.coverage * lists.repeats,
+        steps=seen_by_groups(*group) * repeats * scale,
+        edge_steps=edges_of_groups(*group) * repeats * scale,
         longest=np.ceil(lengths / parts).max() * slices,
         missed=(rows * miss_rate(reach, l2_capacity)).sum() * chunks * lists.repeats,
         summed=((parts > 1) * parts * keys).sum() * lists.repeats,
@@ -307,14 +309,12 @@ def slices_of_tile(schedule: Schedule, case: Case) -> int:
     return -(-schedule.tokens * group_size(case) // schedule.rows)
 
 
-def seen_by_rows(schedule: Schedule, lists: Lists, rows: int, keys: int, key_limit: int) -> tuple[int, int]:
-    """Of groups of `rows` rows of a tile and `keys` keys of a block: how many see some of it, and how many see all."""
-    group = group_size(lists.case)
+def group_of_rows(case: Case, rows: int) -> tuple[int, int]:
+    """Tokens that `rows` successive rows of a tile belong to, and how many such groups of rows these tokens have."""
+    group = group_size(case)
     if rows % group and group % rows:
         raise ValueError(f"`case` has {group} query heads per KV head; the model needs a divisor or a multiple of {rows}.")
-    seen = seen_by_groups(lists, schedule.tokens, max(1, rows // group), keys, key_limit)
-    repeats = max(1, group // rows)
-    return seen.partly * repeats, seen.fully * repeats
+    return max(1, rows // group), max(1, group // rows)
 
 
 def missing_keys(lists: Lists) -> int:
@@ -385,7 +385,10 @@ def counts_of(schedule: Schedule, case: Case, work: Work) -> Counts:
 
 
 def table_bytes(schedule: Schedule, work: Work) -> float:
-    """What the key-major kernel reads of its table: 32 lanes a row each to see what is visible, then one for each column."""
+    """What the key-major kernel reads of its table: 32 lanes a row each to see what is visible, then rows of their columns.
+
+    Each lane has a quarter of the columns, and reads each row twice unless some of the step is hidden.
+    """
     looks = work.pieces * schedule.units * (schedule.rows // PART_ROWS)
     columns = PART_ROWS // 4
-    return 32 * TABLE_ROW_BYTES * (looks + columns * (work.steps + work.full_steps))
+    return 32 * TABLE_ROW_BYTES * (looks + columns * (2 * work.steps - work.edge_steps))

@@ -89,48 +89,47 @@ def tiles_of(lists: Lists, tokens: int) -> Tiles:
     return Tiles(*map(np.concatenate, zip(*parts)), visits, visit_tokens)
 
 
-@dataclasses.dataclass(frozen=True)
-class Seen:
-    """Pairs of a group of query tokens and a piece of a block, over all tiles.
+@functools.lru_cache(CACHED_COUNTS)
+def seen_by_groups(lists: Lists, tokens: int, group_tokens: int, keys: int, key_limit: int) -> int:
+    """Pairs of a group of `group_tokens` successive tokens of a tile and a piece of `keys` keys, over all tiles.
 
-    Attributes:
-      partly: a token of the group chose the block, and causality shows it the piece's first key.
-      fully: all tokens of a group that is complete chose the block and see all keys of the piece.
+    Those where a token of the group chose the block, and causality shows it the piece's first key, which is below `key_limit`.
     """
-
-    partly: int
-    fully: int
+    total = 0
+    for runs in runs_of_tiles(lists, tokens, group_tokens):
+        last = runs.first_position + runs.size - 1
+        seen = np.where(runs.chosen, pieces_begun(lists.case, last, keys, key_limit), 0)
+        groups = np.arange(0, seen.shape[1], max(1, group_tokens // runs.run_tokens))
+        total += int(np.maximum.reduceat(seen, groups, axis=1).sum())
+    return total
 
 
 @functools.lru_cache(CACHED_COUNTS)
-def seen_by_groups(lists: Lists, tokens: int, group_tokens: int, keys: int, key_limit: int) -> Seen:
-    """What groups of `group_tokens` successive tokens of a tile see of pieces of `keys` keys that start before `key_limit`."""
-    case = lists.case
-    partly = fully = 0
-    for runs in runs_of_tiles(lists, tokens, group_tokens):
-        first = runs.first_position[..., None]
-        last = first + runs.size[..., None] - 1
-        if not case.is_causal:
-            first = last = np.full_like(first, case.kv_len - 1 + case.kv_block_size)
-        some = pieces_before(np.minimum(last, key_limit - 1) + keys, keys, runs, case)
-        whole = pieces_before(np.minimum(first, case.kv_len - 1) + 1, keys, runs, case)
-        groups = np.arange(0, some.shape[1], max(1, group_tokens // runs.run_tokens))
-        partly += int(np.maximum.reduceat(some, groups, axis=1).sum())
-        is_complete = np.add.reduceat(runs.size, groups, axis=1) == group_tokens
-        fully += int((np.minimum.reduceat(whole, groups, axis=1) * is_complete[..., None]).sum())
-    return Seen(partly, fully)
+def edges_of_groups(lists: Lists, tokens: int, group_tokens: int, keys: int, key_limit: int) -> int:
+    """Of the pairs of `seen_by_groups`: those where a token sees a part of the piece."""
+    case, total = lists.case, 0
+    for runs in runs_of_tiles(lists, tokens, group_tokens, run_tokens=1):
+        begun = pieces_begun(case, runs.first_position, keys, key_limit)
+        whole = pieces_begun(case, runs.first_position - keys + 1, keys, case.kv_len - keys + 1)
+        groups = np.arange(0, runs.size.shape[1], group_tokens)
+        for piece in range(case.kv_block_size // keys):
+            is_edge = runs.chosen & (whole <= piece) & (piece < begun)
+            total += int(np.logical_or.reduceat(is_edge, groups, axis=1).sum())
+    return total
 
 
-def pieces_before(key: np.ndarray, keys: int, runs: "Runs", case: Case) -> np.ndarray:
-    """Pieces of each chosen block that end at or before `key` [tiles, runs, 1]: int32 [tiles, runs, num_kv_blocks]."""
-    start = np.arange(runs.chosen.shape[-1], dtype=np.int32) * case.kv_block_size
-    return np.where(runs.chosen, np.clip(key // keys - start // keys, 0, case.kv_block_size // keys), 0)
+def pieces_begun(case: Case, position: np.ndarray, keys: int, key_limit: int) -> np.ndarray:
+    """Pieces of each block that start at or before `position` and below `key_limit`: int32 [*position.shape, num_kv_blocks]."""
+    block = np.arange(-(-case.kv_len // case.kv_block_size), dtype=np.int32)
+    last = np.minimum(position[..., None], key_limit - 1) if case.is_causal else np.int32(key_limit - 1)
+    pieces = case.kv_block_size // keys
+    return np.broadcast_to(np.clip(last // keys + 1 - block * pieces, 0, pieces), (*position.shape, len(block)))
 
 
 def visible_pairs(lists: Lists) -> float:
     """(query, key) pairs of listed blocks that causality shows, over all batch rows and query heads."""
     case = lists.case
-    pairs = seen_by_groups(lists, 1, 1, 1, case.kv_len).partly
+    pairs = seen_by_groups(lists, 1, 1, 1, case.kv_len)
     return pairs * lists.coverage * lists.repeats * (case.num_q_heads // case.num_kv_heads)
 
 
@@ -152,14 +151,14 @@ class Runs:
     chosen: np.ndarray
 
 
-def runs_of_tiles(lists: Lists, tokens: int, group_tokens: int) -> Iterator[Runs]:
+def runs_of_tiles(lists: Lists, tokens: int, group_tokens: int, run_tokens: int | None = None) -> Iterator[Runs]:
     """Tiles of `tokens` tokens by chunks. Groups of `group_tokens` tokens, counted from a tile's start, have whole runs."""
     case = lists.case
     num_sequences, num_stretches, num_rows, num_slots = lists.ids.shape
     stretch_tokens = min(num_rows * case.q_block_size, case.q_len)
     if num_stretches > 1 and stretch_tokens % tokens:
         raise ValueError(f"`tokens` is {tokens}; it must divide the {stretch_tokens} tokens of a sample's stretch.")
-    run_tokens = math.gcd(tokens, case.q_block_size, group_tokens)
+    run_tokens = run_tokens or math.gcd(tokens, case.q_block_size, group_tokens)
     offsets = np.arange(0, tokens, run_tokens)
     tiles_per_stretch = -(-stretch_tokens // tokens)
     num_tiles = num_stretches * tiles_per_stretch

@@ -10,8 +10,15 @@ namespace {
 
 const std::vector<AttentionVariant>& attention_variants() {
   static const std::vector<AttentionVariant> all = [] {
-    const auto of_sm80 = sm80::attention_variants();
-    return std::vector<AttentionVariant>(of_sm80.begin(), of_sm80.end());
+    std::vector<AttentionVariant> made;
+    const auto add = [&](std::span<const AttentionVariant> of_folder) {
+      made.insert(made.end(), of_folder.begin(), of_folder.end());
+    };
+    add(sm80::attention_variants());
+#if SPARSE_ATTN_SM90
+    add(sm90::attention_variants());
+#endif
+    return made;
   }();
   return all;
 }
@@ -49,34 +56,38 @@ Status run(Status (*AttentionVariant::*pass)(const Params&, const LaunchContext&
   return missing(key);
 }
 
+std::string variant_text(const char* kernel, int arch, Dtype dtype, int head_dim,
+                         const std::vector<int>& kv_block_sizes) {
+  return R"({"kernel": ")" + std::string(kernel) + R"(", "arch": )" + std::to_string(arch) +
+         R"(, "dtype": ")" + name_of(dtype) + R"(", "head_dim": )" + std::to_string(head_dim) +
+         R"(, "kv_block_sizes": [)" +
+         joined(kv_block_sizes, [](int size) { return std::to_string(size); }) + "]}";
+}
+
 std::string variants_json() {
   std::map<std::tuple<int, Dtype, int>, std::vector<int>> block_sizes;
-  for (const auto& [key, forward, backward, kernels] : attention_variants())
+  for (const auto& [key, forward, backward] : attention_variants())
     block_sizes[{key.arch, key.dtype, key.head_dim}].push_back(key.kv_block_size);
-  return "[" +
-         joined(block_sizes,
-                [](const auto& item) {
-                  const auto& [arch, dtype, head_dim] = item.first;
-                  return R"({"kernel": "attention", "arch": )" + std::to_string(arch) +
-                         R"(, "dtype": ")" + name_of(dtype) + R"(", "head_dim": )" +
-                         std::to_string(head_dim) + R"(, "kv_block_sizes": [)" +
-                         joined(item.second, [](int size) { return std::to_string(size); }) + "]}";
-                }) +
-         "]";
+  std::vector<std::string> texts;
+  for (const auto& [key, sizes] : block_sizes) {
+    const auto& [arch, dtype, head_dim] = key;
+    texts.push_back(variant_text("attention", arch, dtype, head_dim, sizes));
+  }
+  for (const auto& [key, run] : sm80::selection_variants())
+    texts.push_back(variant_text("selection", key.arch, key.dtype, key.head_dim, {}));
+  return "[" + joined(texts, [](const std::string& text) { return text; }) + "]";
 }
 
 std::string kernels_json() {
-  std::map<std::string, KernelInfo> kernels;  // variants share some
-  for (const auto& variant : attention_variants()) {
-    for (auto& kernel : variant.kernels()) kernels[kernel.config] = kernel;
-  }
+  std::map<std::string, KernelInfo> kernels;  // each once, in order
+  for (const auto& kernel : kernel_infos()) kernels[kernel.config] = kernel;
   return "[" +
          joined(kernels,
                 [](const auto& item) {
-                  const KernelInfo& kernel = item.second;
-                  return R"({"config": ")" + kernel.config + R"(", "threads": )" +
-                         std::to_string(kernel.threads) + R"(, "shared_bytes": )" +
-                         std::to_string(kernel.shared_bytes) + "}";
+                  const auto& [config, threads, shared_bytes] = item.second;
+                  return R"({"config": ")" + config + R"(", "threads": )" +
+                         std::to_string(threads) + R"(, "shared_bytes": )" +
+                         (shared_bytes < 0 ? "null" : std::to_string(shared_bytes)) + "}";
                 }) +
          "]";
 }
@@ -91,6 +102,15 @@ Status attention_forward(const VariantKey& key, const AttentionForwardParams& pa
 Status attention_backward(const VariantKey& key, const AttentionBackwardParams& params,
                           const LaunchContext& context) {
   return run(&AttentionVariant::backward, key, params, context);
+}
+
+Status select_blocks(const SelectionKey& key, const SelectionParams& params, int segment_blocks,
+                     const LaunchContext& context) {
+  for (const auto& variant : sm80::selection_variants()) {
+    if (variant.key == key) return variant.run(params, segment_blocks, context);
+  }
+  return "no selection kernel of arch " + std::to_string(key.arch) + " is compiled in for " +
+         name_of(key.dtype) + ", head_dim " + std::to_string(key.head_dim);
 }
 
 }  // namespace sparse_attn

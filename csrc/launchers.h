@@ -32,6 +32,19 @@ struct LaunchContext {
 #endif
 };
 
+// What a kernel takes of a multiprocessor.
+struct KernelInfo {
+  std::string config;  // the type that the kernel is a template over
+  int threads;         // of a block
+  int shared_bytes;    // dynamic; -1 if each call says
+};
+
+// Of all kernels for which there is a `launch`.
+inline std::vector<KernelInfo>& kernel_infos() {
+  static std::vector<KernelInfo> all;
+  return all;
+}
+
 enum class Dtype { kBFloat16, kFloat16 };
 
 // What a kernel is chosen by.
@@ -43,21 +56,30 @@ struct VariantKey {
   bool operator==(const VariantKey&) const = default;
 };
 
-// What a kernel takes of a multiprocessor.
-struct KernelInfo {
-  std::string config;  // the type that the kernel is a template over
-  int threads;         // of a block
-  int shared_bytes;    // dynamic
-};
-
 struct AttentionVariant {
   VariantKey key;
   Status (*forward)(const AttentionForwardParams&, const LaunchContext&);
   Status (*backward)(const AttentionBackwardParams&, const LaunchContext&);
-  std::vector<KernelInfo> (*kernels)();
+};
+
+struct SelectionKey {
+  int arch;
+  Dtype dtype;
+  int head_dim;
+  bool operator==(const SelectionKey&) const = default;
+};
+
+struct SelectionVariant {
+  SelectionKey key;
+  // `segment_blocks`: whose scores are held at a time; 0 is as many as there is room for.
+  Status (*run)(SelectionParams, int segment_blocks, const LaunchContext&);
 };
 
 namespace sm80 {
+std::span<const AttentionVariant> attention_variants();
+std::span<const SelectionVariant> selection_variants();
+}  // namespace sm80
+namespace sm90 {
 std::span<const AttentionVariant> attention_variants();
 }
 
@@ -66,12 +88,19 @@ Status attention_forward(const VariantKey& key, const AttentionForwardParams& pa
                          const LaunchContext& context);
 Status attention_backward(const VariantKey& key, const AttentionBackwardParams& params,
                           const LaunchContext& context);
+// The params come without a tiling.
+Status select_blocks(const SelectionKey& key, const SelectionParams& params, int segment_blocks,
+                     const LaunchContext& context);
+// `window_blocks`: that are marked at a time; 0 is as many as there is room for.
+Status build_unions(const UnionParams& params, int window_blocks, const LaunchContext& context);
+Status invert_plan(const InversionParams& params, const LaunchContext& context);
 
 }  // namespace sparse_attn
 
 // What was compiled, as JSON. `sparse_attn_variants`: a list of {"kernel": "attention", "arch": 80,
-// "dtype": "bfloat16", "head_dim": 64, "kv_block_sizes": [16, 32]}. `sparse_attn_kernels`: a list
-// of
-// {"config": ..., "threads": ..., "shared_bytes": ...}, as KernelInfo.
+// "dtype": "bfloat16", "head_dim": 64, "kv_block_sizes": [16, 32]}; a kernel named "selection"
+// takes blocks of any size and lists none. `sparse_attn_kernels`: of every kernel that is launched
+// anywhere, {"config": the type that it is a template over, "threads": of a block, "shared_bytes":
+// dynamic, null if each call says}.
 extern "C" const char* sparse_attn_variants();
 extern "C" const char* sparse_attn_kernels();

@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "common/divisor.h"
+
 namespace sparse_attn {
 
 // The union of the lists of each query tile, as `TilePlan` has it.
@@ -88,6 +90,72 @@ struct AttentionBackwardParams {
   void* d_key;        // T [batch, kv_len, num_kv_heads, head_dim]
   void* d_value;      // as d_key
   float* d_key_bias;  // [batch, num_kv_heads, kv_len] or null
+};
+
+// Means of keys, by which blocks are scored: unit j is that of the tokens stride * j to
+// stride * j + size - 1. There is one for each such run that lies within the keys.
+struct UnitParams {
+  const void* keys;  // T [unit_batch, count, num_kv_heads, head_dim]
+  int count, size;
+  Divisor stride;
+};
+
+// How the scores of units become those of the blocks that they overlap.
+enum class Pooling { kMax, kOverlapSum };
+// How the probabilities of the query heads of a list become one. A mean orders as a sum does.
+enum class GroupReduction { kSum, kMax };
+
+// How the work is cut; it changes nothing in the results.
+struct SelectionTiling {
+  int group_rows;      // of a token: a power of two, at least its query heads that share a list
+  int tile_tokens;     // a power of two
+  int segment_blocks;  // whose scores are held at a time
+  int list_capacity;   // of a token's running list; at least the blocks it may keep and 32
+};
+
+struct SelectionParams {
+  const void* query;              // T [batch, q_len, num_q_heads, head_dim]
+  UnitParams fine;                // score the blocks
+  UnitParams coarse;              // give the softmax denominator, to queries that see one of them
+  const std::int32_t* positions;  // [position_batch, q_len]
+  std::int32_t* indices;          // [batch, num_lists, q_len, top_k], ascending, -1 last
+  int batch, q_len, num_q_heads, num_kv_heads;
+  int num_lists;  // num_kv_heads, or num_q_heads without a reduction over the group
+  // An array with fewer rows than the batch is used again from its start: batch % rows.
+  int unit_batch, position_batch;
+  int num_blocks;
+  Divisor block_size;
+  int top_k, num_sink_blocks, num_local_blocks;
+  float scale;
+  bool is_causal;
+  Pooling pooling;
+  GroupReduction group_reduction;
+  SelectionTiling tiling;
+};
+
+// Makes the unions of a `TilePlan`. A tile has `num_groups` row groups, those of `row_group_tokens`
+// tokens for each of the `lists_per_head` query heads that have a list of their own.
+struct UnionParams {
+  const std::int32_t* indices;  // [batch, heads, lists_per_head, num_rows, num_slots]
+  std::int32_t* blocks;         // [batch, heads, num_tiles, capacity], ascending, then -1
+  std::int32_t* counts;         // [batch, heads, num_tiles]
+  std::uint32_t* membership;    // [batch, heads, num_tiles, capacity, num_words], or null
+  int batch, heads, num_rows, num_tiles, capacity, num_words, num_kv_blocks;
+  int num_groups, tile_size, row_group_tokens;
+  int window_blocks;  // that are marked at a time, a multiple of 32
+  Divisor lists_per_head, num_slots, q_block_size;
+};
+
+// Makes its inverse. A tile's blocks are unique.
+struct InversionParams {
+  const std::int32_t* blocks;  // [rows, num_tiles, capacity]
+  std::int32_t* offsets;       // [rows, num_kv_blocks + 1]
+  std::int32_t* tiles;         // [rows, num_tiles * capacity], -1 last
+  std::int32_t* slots;         // as tiles
+  std::int32_t* cursors;       // [rows, num_parts, num_kv_blocks], scratch
+  int rows, num_tiles, num_kv_blocks, num_parts;
+  int tiles_per_part;
+  int capacity;
 };
 
 }  // namespace sparse_attn

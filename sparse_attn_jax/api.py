@@ -81,7 +81,7 @@ def block_sparse_attention(
     if 0 in (problem.batch, problem.q_len, problem.kv_len):
         out, lse = _empty(problem)
     else:
-        plan = selection if isinstance(selection, TilePlan) else _plan(problem, selection, name)
+        plan = selection if isinstance(selection, TilePlan) else dispatch.get(name).build_plan(problem, selection)
         mask = _token_mask(
             problem, local_window_size, num_sinks, q_offset, query_segment_ids, key_value_segment_ids, plan.predicate
         )
@@ -153,7 +153,8 @@ def block_sparse_attention_varlen(
     else:
         mask = _varlen_mask(problem, q_packing, kv_packing, q_offset, local_window_size, num_sinks, selection.predicate)
         operands = Operands(q_row, key_row, value_row, bias_row)
-        out, lse = attention.attend(name, problem, operands, _plan(problem, row_selection, name), mask)
+        plan = dispatch.get(name).build_plan(problem, row_selection)
+        out, lse = attention.attend(name, problem, operands, plan, mask)
     out, lse = varlen.from_row(q_packing, out[0], 0), varlen.from_row(q_packing, lse[0], -jnp.inf)
     return (out, lse) if return_residual else out
 
@@ -290,13 +291,6 @@ def explain(
     for name in ("query", "key", "value", "selection", "return_residual", "implementation"):
         options.pop(name)
     return dispatch.explain(validation.make_problem(query, key, value, selection, **options), implementation)
-
-
-def _plan(problem: Problem, selection: BlockSelection, implementation: str) -> TilePlan:
-    """The op's own plan. A backward that needs the inverse builds it."""
-    sizes = dict(q_len=problem.q_len, kv_len=problem.kv_len, tile_size=dispatch.get(implementation).tile_size(problem))
-    heads = dict(num_q_heads=problem.num_q_heads, num_kv_heads=problem.num_kv_heads)
-    return build_plan(selection, **sizes, **heads, with_inverse=False)
 
 
 def _empty(problem: Problem) -> tuple[jax.Array, jax.Array]:

@@ -84,3 +84,12 @@ class TokenMask:
     window_right: jax.Array | None = None  # int32 [num_q_heads]
     num_sinks: jax.Array | None = None  # int32 [num_q_heads]
     predicate: Any = None  # callable pytree (batch, head, q_position, kv_position) -> bool
+
+
+def device_of(x: Any) -> tuple[str, str | None]:
+    """Platform and compute capability of a concrete array's device, else of the default device."""
+    concrete = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+    device = next(iter(x.devices())) if concrete else jax.config.jax_default_device
+    if not isinstance(device, jax.Device):
+        device = jax.local_devices()[0]
+    return device.platform, getattr(device, "compute_capability", None)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from sparse_attn_jax import dispatch
 from sparse_attn_jax import selection_checks as checks
 from sparse_attn_jax.block_top_k import pick_blocks
+from sparse_attn_jax.problem import device_of
 from sparse_attn_jax.scoring_problem import ScoringProblem, absolute_positions, num_units, unit_overlap
 from sparse_attn_jax.selection import BlockSelection, num_blocks
 
@@ -95,7 +96,7 @@ def score_blocks(
       coarse_kernel_size: tokens per coarse unit.
       coarse_kernel_stride: tokens between the starts of neighbouring coarse units.
       scale: multiplies the dot products. `None` is head_dim ** -0.5.
-      implementation: `None` or `"xla"`.
+      implementation: `None`, or "xla" or a sequence with it: no other implementation gives scores away.
 
     Returns:
       float32 [batch, num_kv_heads, q_len, num_kv_blocks] (num_q_heads without a group reduction). A block without a visible
@@ -109,6 +110,7 @@ def score_blocks(
     checks.check_query(query, compressed_key, "compressed_key")
     problem = scoring_problem(
         query,
+        compressed_key,
         kv_len=kv_len,
         block_size=block_size,
         kernel_size=kernel_size,
@@ -121,7 +123,10 @@ def score_blocks(
         scale=scale,
     )
     _check_unit_arrays({"compressed_key": compressed_key, "coarse_key": coarse_key}, problem)
-    dispatch.choose(problem, implementation)  # the definition below serves all: only whether a name would run is asked
+    if "xla" not in dispatch.requested_names(implementation):
+        raise NotImplementedError(
+            f"`implementation` is {implementation!r}; scores are computed by 'xla' alone. Kernels fuse them with the selection."
+        )
     batch, q_len, num_q_heads, _ = query.shape
     checks.check_q_offset(q_offset, batch, q_len, kv_len)
     heads = num_q_heads if group_reduction is None else compressed_key.shape[2]
@@ -137,6 +142,7 @@ def score_blocks(
 
 def scoring_problem(
     query: jax.Array,
+    compressed: jax.Array,
     *,
     scale: float | None,
     top_k: int = 1,
@@ -146,6 +152,7 @@ def scoring_problem(
 ) -> ScoringProblem:
     """The static description of a call, checked. `fields` are those of `ScoringProblem`."""
     checks.check_array("query", query, checks.QUERY_AXES)
+    checks.check_array("compressed", compressed, checks.UNIT_AXES)
     checks.check_length("kv_len", fields["kv_len"])
     checks.check_int("block_size", fields["block_size"], 1)
     checks.check_units("", fields["kernel_size"], fields["kernel_stride"])
@@ -156,8 +163,20 @@ def scoring_problem(
     checks.check_forced_blocks(top_k, num_sink_blocks, num_local_blocks)
     checks.check_own_block(num_local_blocks, fields["is_causal"])
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    platform, compute_capability = device_of(query)
     return ScoringProblem(
-        scale=scale, top_k=top_k, num_sink_blocks=num_sink_blocks, num_local_blocks=num_local_blocks, **fields
+        num_q_heads=query.shape[2],
+        num_kv_heads=compressed.shape[2],
+        head_dim=query.shape[-1],
+        dtype=query.dtype.name,
+        unit_dtype=compressed.dtype.name,
+        platform=platform,
+        compute_capability=compute_capability,
+        scale=scale,
+        top_k=top_k,
+        num_sink_blocks=num_sink_blocks,
+        num_local_blocks=num_local_blocks,
+        **fields,
     )
 
 

@@ -22,6 +22,13 @@ def num_units(length: int, kernel_size: int, kernel_stride: int) -> int:
 class ScoringProblem:
     """One selection call without its array values. Hashable. Lengths count tokens, `num_*_blocks` count KV blocks."""
 
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str  # of the queries
+    unit_dtype: str  # of the compressed keys
+    platform: str
+    compute_capability: str | None
     kv_len: int
     block_size: int = 64
     kernel_size: int = 32
@@ -35,6 +42,10 @@ class ScoringProblem:
     top_k: int
     num_sink_blocks: int
     num_local_blocks: int
+
+    @property
+    def group_size(self) -> int:
+        return self.num_q_heads // self.num_kv_heads
 
 
 def absolute_positions(q_offset: int | jax.Array | None, q_len: int, kv_len: int) -> jax.Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_attn_jax.planning import TilePlan, default_tile_size, index_overflow
-from sparse_attn_jax.problem import MAX_LENGTH, SUPPORTED_DTYPES, Problem
+from sparse_attn_jax.problem import MAX_LENGTH, SUPPORTED_DTYPES, Problem, device_of
 from sparse_attn_jax.selection import BlockSelection, check_block_sizes, num_blocks
 
 
@@ -241,12 +241,3 @@ def make_problem(
         platform=platform,
         compute_capability=compute_capability,
     )
-
-
-def device_of(x: Any) -> tuple[str, str | None]:
-    """Platform and compute capability of a concrete array's device, else of the default device."""
-    concrete = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
-    device = next(iter(x.devices())) if concrete else jax.config.jax_default_device
-    if not isinstance(device, jax.Device):
-        device = jax.local_devices()[0]
-    return device.platform, getattr(device, "compute_capability", None)

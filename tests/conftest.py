@@ -28,8 +28,13 @@ def cpp_compiler() -> str:
 
 
 @pytest.fixture
-def cuda_on_cpu(cpp_compiler, monkeypatch) -> None:
-    """`implementation="cuda"` runs on the simulator."""
+def cuda_on_cpu(request, monkeypatch) -> None:
+    """`implementation="cuda"` runs on the simulator; or on a GPU, with JAX_PLATFORMS=cuda,cpu where there is one."""
+    import jax
+
+    if jax.default_backend() == "gpu":
+        return
+    request.getfixturevalue("cpp_compiler")
     monkeypatch.setenv("SPARSE_ATTN_HOST_SIM", os.environ.get("SPARSE_ATTN_HOST_SIM", "1"))
 
 

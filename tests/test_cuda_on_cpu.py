@@ -19,10 +19,21 @@ from sparse_attn_jax.testing import compare
 from sparse_attn_jax.testing.cases import CASES, Case, case_named
 from sparse_attn_jax.testing.inputs import Inputs, make_inputs
 
+pytestmark = pytest.mark.kernels
+
+
+# Tests of the kernels themselves: of both folders.
+each_arch = pytest.mark.parametrize("arch", ["sm80", "sm90"])
+
+
+@pytest.fixture
+def arch() -> str:
+    return "sm80"
+
 
 @pytest.fixture(autouse=True)
-def always_on_cpu(cuda_on_cpu):
-    pass
+def kernels_of_arch(cuda_on_cpu, arch, monkeypatch):
+    monkeypatch.setenv(library.ARCH, arch)
 
 
 def as_kernels_take_it(case: Case) -> Case | None:
@@ -69,6 +80,7 @@ def assert_same(actual: compare.Results, expected: compare.Results) -> None:
         np.testing.assert_array_equal(actual[name], expected[name], err_msg=name)
 
 
+@each_arch
 @pytest.mark.parametrize("case", TAKEN, ids=lambda case: case.name)
 def test_attention_matches_oracle(case):
     inputs = make_inputs(case)
@@ -79,6 +91,7 @@ def test_most_cases_are_taken():
     assert len(TAKEN) > 0.9 * len(CASES)
 
 
+@each_arch
 @pytest.mark.parametrize("name", ["everything", "group16_bf16_d128"])
 def test_order_of_blocks_and_threads_changes_nothing(name, monkeypatch):
     inputs = small_case(name)
@@ -115,6 +128,7 @@ def with_blocks_that_do_not_exist(plan: sa.TilePlan, bad_id: int) -> sa.TilePlan
     return jax.tree.map(jnp.asarray, bad)
 
 
+@each_arch
 @pytest.mark.parametrize("bad_id", [-(2**31), -5, 6, 2**28, 2**31 - 1])
 def test_plan_that_names_blocks_that_do_not_exist(bad_id):
     """2**28 blocks of 16 keys are 2**32 keys, which is 0 in 32 bits."""
@@ -138,6 +152,7 @@ def with_bad_numbers(inputs: Inputs, operand: str, value: float) -> Inputs:
     return dataclasses.replace(inputs, operands=operands)
 
 
+@each_arch
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("operand", ["key", "value"])
 def test_bad_numbers_in_keys_that_no_query_sees(operand, value):
@@ -197,6 +212,7 @@ def random_cases(draw) -> Case:
     )
 
 
+@each_arch
 @hypothesis.given(random_cases())
 @hypothesis.settings(max_examples=25, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 def test_random_calls_match_oracle(case):
@@ -209,11 +225,21 @@ def test_random_calls_match_oracle(case):
 # --- plans of any kind ---
 
 
-@pytest.mark.parametrize("tile_size", [1, 7, 60])
+@each_arch
+@pytest.mark.parametrize("tile_size", [1, 7, 24, 60])
 def test_tiles_of_any_size(tile_size):
     """More rows than a thread block computes on, 8 times the 64 at most, or few."""
     inputs = small_case("group8_bf16_d64")
     compare.assert_results_match(results_of(inputs, make_plan(inputs, tile_size)), inputs)
+
+
+@each_arch
+@pytest.mark.parametrize(("num_q_heads", "selection_heads"), [(64, 64), (128, 1), (128, 128), (96, 1)])
+def test_more_heads_of_a_token_than_rows(num_q_heads, selection_heads):
+    """All heads of one KV head; with a list for each, more than the bits of a word."""
+    sizes = dict(num_q_heads=num_q_heads, num_kv_heads=1, selection_heads=selection_heads, q_len=10, kv_len=100)
+    inputs = make_inputs(dataclasses.replace(as_kernels_take_it(case_named("group8_bf16_d64")), **sizes))
+    compare.assert_results_match(results_of(inputs), inputs)
 
 
 def split(monkeypatch, entries: int) -> None:
@@ -234,6 +260,7 @@ def num_partials_of(parts: Parts) -> int:
     return int(np.where(num_parts > 1, num_parts, 0).sum(-1).max())
 
 
+@each_arch
 @pytest.mark.parametrize(("name", "entries"), [("everything", 30), ("group2_bf16", 9)])
 def test_long_lists_are_walked_in_parts(name, entries, monkeypatch):
     inputs = small_case(name)
@@ -263,6 +290,7 @@ CONTRADICTIONS = {
 }
 
 
+@each_arch
 @pytest.mark.parametrize("name", CONTRADICTIONS)
 def test_parts_that_contradict_each_other(name, monkeypatch):
     """Results are not defined, but the simulator would say if a kernel touched what is not an array."""
@@ -292,6 +320,7 @@ def stack(trees):
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
+@each_arch
 @pytest.mark.parametrize("mapped", ["operands", "selection", "both", "query", "key_value"])
 def test_vmap_folds_into_the_batch(mapped):
     inputs = small_case("group2_bf16")
@@ -423,6 +452,21 @@ def test_reason_of_a_missing_simulator(monkeypatch, tmp_path):
     monkeypatch.setenv(library.HOST_SIM, str(tmp_path / "nothing.so"))
     with pytest.raises(NotImplementedError, match="no kernels: there is no simulator library '.*nothing.so'"):
         attend_with(inputs)(**inputs.operands)
+
+
+def test_library_that_jaxlib_refuses(monkeypatch):
+    monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda *_, **__: (_ for _ in ()).throw(ValueError("API 9.9")))
+    with pytest.raises(RuntimeError, match=r"does not take the CUDA kernels.*API 9\.9.*pip install"):
+        library._register(dict.fromkeys(library.CUSTOM_CALL_TARGETS), "CUDA")
+
+
+def test_library_that_does_not_load(monkeypatch, tmp_path):
+    (tmp_path / "broken_kernels.py").write_text("raise ImportError('undefined symbol: x')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(library, "MODULE", "broken_kernels")
+    library._load_module.cache_clear()
+    with pytest.raises(ImportError, match="do not load: undefined symbol: x.*pip install"):
+        library.load("gpu")
 
 
 def test_kernels_of_a_folder_by_name(monkeypatch):

@@ -1,7 +1,6 @@
 """The custom calls of the CUDA kernels, called directly: what they refuse, and the table of what is compiled."""
 
-import ctypes
-import json
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +8,8 @@ import numpy as np
 import pytest
 
 from sparse_attn_jax.implementations.cuda import library
+
+pytestmark = pytest.mark.kernels
 
 BATCH, Q_LEN, KV_LEN, NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM = 2, 24, 40, 4, 2, 64
 KV_BLOCK_SIZE, TILE_SIZE = 16, 8
@@ -69,9 +70,9 @@ ATTRIBUTES = dict(
 
 
 @pytest.fixture(autouse=True)
-def handlers(simulated_kernels):
-    for target in CALLS:
-        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(simulated_kernels, target)), platform="cpu")
+def variants(cuda_on_cpu) -> tuple[library.Variant, ...]:
+    """What is compiled, for the simulator or for JAX's GPU; registers the calls."""
+    return library.load(jax.default_backend())
 
 
 def call(target: str, arguments: dict | None = None, results: dict | None = None, **attributes) -> list:
@@ -194,14 +195,13 @@ def call_variant(target: str, dtype: str, head_dim: int, kv_block_size: int, **a
 
 
 @pytest.mark.parametrize("target", CALLS)
-def test_every_variant_of_the_table_runs(simulated_kernels, target):
-    simulated_kernels.sparse_attn_variants.restype = ctypes.c_char_p
-    variants = json.loads(simulated_kernels.sparse_attn_variants())
-    keys = [(variant["arch"], variant["dtype"], variant["head_dim"]) for variant in variants]
-    assert sorted(keys) == sorted((80, dtype, d) for dtype in ("bfloat16", "float16") for d in (64, 96, 128, 256))
+def test_every_variant_of_the_table_runs(variants, target):
+    variants = [variant for variant in variants if variant.kernel == "attention"]
+    keys = [(variant.arch, variant.dtype, variant.head_dim) for variant in variants]
+    assert sorted(keys) == sorted(itertools.product((80, 90), ("bfloat16", "float16"), (64, 96, 128, 256)))
     for variant, (arch, dtype, head_dim) in zip(variants, keys):
-        assert variant["kernel"] == "attention" and variant["kv_block_sizes"] == [16, 32, 64, 128]
-        for kv_block_size in variant["kv_block_sizes"]:
+        assert variant.kv_block_sizes == (16, 32, 64, 128)
+        for kv_block_size in variant.kv_block_sizes:
             call_variant(target, dtype, head_dim, kv_block_size, arch=np.int32(arch))
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.kernels
+
 CSRC = Path(__file__).absolute().parent.parent / "csrc"
 BUILDS = {
     "plain": ["-O1"],
@@ -62,6 +64,9 @@ def test_instructions_are_what_nvcc_makes_of_them(tmp_path):
             "vote.sync.ballot",
             "ld.shared.u32",
             "st.shared.u32",
+            "red.shared.or.b32",
+            "popc.b32",
+            "clz.b32",
             "st.global.f32",
             "atom.global.add",
             "ex2.approx.ftz.f32",
@@ -121,16 +126,9 @@ def test_sm90_instructions_are_what_nvcc_makes_of_them(tmp_path):
 
 
 def test_sm90_instructions_assemble(tmp_path):
-    """No spills, and no word from the assembler that it waits between products or ignores setmaxnreg."""
+    """No spills, no copies of tensor maps, and no word of products that wait for each other or setmaxnreg ignored."""
     source = CSRC / "sm90" / "tests" / "instructions.cu"
     report = compile_with_nvcc(source, tmp_path / "instructions.cubin", "-arch=sm_90a", "-Xptxas", "-v", "-cubin")
-    assert report.count("0 bytes spill stores, 0 bytes spill loads") == report.count("Compiling entry function") == 20
+    assert report.count("Compiling entry function") == 20
+    assert report.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == 20, report
     assert "Potential Performance Loss" not in report, report
-
-
-def test_kernels_compile_without_spills(tmp_path):
-    source = CSRC / "sm80" / "tests" / "kernels.cu"
-    report = compile_with_nvcc(source, tmp_path / "kernels.cubin", "-arch=sm_80", "-Xptxas", "-v", "-cubin")
-    num_kernels = source.read_text().count("template __global__")
-    assert report.count("Compiling entry function") == num_kernels
-    assert report.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == num_kernels, report

@@ -1,23 +1,32 @@
 """The model of speed: its counts against the simulator's, its unions against plans, its times against published ones."""
 
 import ctypes
+import dataclasses
+import json
+import re
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 import sparse_attn_jax as sa
-from benchmarks import schedules
+from benchmarks import roofline, roofline_tables, schedules
+from benchmarks.devices import A100, H100
 from benchmarks.metadata import metadata_bytes, sum_partials_bytes
-from benchmarks.tile_lists import lists_of_case
-from sparse_attn_jax.implementations.cuda import host_sim, library
-from sparse_attn_jax.testing.cases import Case
+from benchmarks.prediction import predict
+from benchmarks.roofline_tables import INFLLM_V2, TOKEN_CASES
+from benchmarks.tile_lists import Lists, lists_of_case, lists_of_density, sample_lists, tiles_of, visible_pairs
+from benchmarks.workloads import count_pairs, sized_case
+from sparse_attn_jax.implementations.cuda import library
+from sparse_attn_jax.testing import inputs
+from sparse_attn_jax.testing.cases import Case, case_named
 from sparse_attn_jax.testing.inputs import make_inputs
 
-ROOT = Path(__file__).absolute().parent.parent
+DOCUMENT = (Path(__file__).absolute().parent.parent / "docs" / "performance.md").read_text()
 COUNTERS = ("global_loaded", "global_stored", "shared_loaded", "shared_stored", "matrix_instructions")
 
-# Cases that the kernels take, each with tokens per tile. A tile has 64 rows.
+# Cases that the kernels take, each with tokens per tile. A CTA has 64 rows.
 COUNTED = [
     (Case(name="tile part full", special="48 of 64 rows", q_len=50, kv_len=70, head_dim=64, dtype="bfloat16", batch=2), 24),
     (
@@ -25,8 +34,8 @@ COUNTED = [
              head_dim=128, dtype="bfloat16", kv_block_size=64, num_slots=2), 4,
     ),
     (
-        Case(name="blocks of two chunks", special="the second chunk of the last block is empty", q_len=64, kv_len=300,
-             head_dim=96, dtype="float16", kv_block_size=128, num_slots=2, q_block_size=32), 32,
+        Case(name="chunks", special="two per block and slices of tiles; the last chunk has no key", q_len=64, kv_len=300,
+             head_dim=96, dtype="float16", kv_block_size=128, num_slots=2, q_block_size=64), 64,
     ),
     (
         Case(name="one list for all", special="no causality, empty rows", q_len=40, kv_len=90, head_dim=64, dtype="bfloat16",
@@ -36,15 +45,18 @@ COUNTED = [
         Case(name="large heads", special="gradients of keys and values apart", q_len=33, kv_len=64, head_dim=256,
              dtype="bfloat16", kv_block_size=64, num_q_heads=2, num_kv_heads=2, indices="hostile"), 33,
     ),
+    (
+        Case(name="sink", special="a list in two parts", q_len=90, kv_len=320, num_q_heads=2, num_kv_heads=1, head_dim=64,
+             dtype="bfloat16", indices="realistic"), 1,
+    ),
 ]  # fmt: skip
 
 
 @pytest.fixture
-def launched(cpp_compiler, monkeypatch):
+def launched(cuda_on_cpu, simulated_kernels, monkeypatch):
     """A function that runs forward and backward on the simulator and returns the counters of each launch."""
-    monkeypatch.setenv(library.HOST_SIM, "1")
     monkeypatch.setenv(library.ARCH, "sm80")
-    take = ctypes.CDLL(str(host_sim.build())).host_sim_take_counters
+    take = simulated_kernels.host_sim_take_counters
     take.restype = ctypes.c_bool
     counters = (ctypes.c_uint64 * len(COUNTERS))()
 
@@ -83,6 +95,9 @@ def launched_schedules(case: Case, tokens: int) -> list[schedules.Schedule]:
     ]
 
 
+# ---- What is counted.
+
+
 @pytest.mark.parametrize("case, tokens", COUNTED, ids=lambda x: getattr(x, "name", ""))
 def test_counts_are_the_simulators(case, tokens, launched):
     """Every byte and every matrix instruction."""
@@ -96,3 +111,160 @@ def test_counts_are_the_simulators(case, tokens, launched):
     if sums := sum_partials_bytes(lists, tokens):
         expected.append(dict(zip(COUNTERS, (*sums, 0, 0, 0))))
     assert launched(case, tokens) == expected
+
+
+@pytest.mark.parametrize("head_dim, kv_block_size", [(64, 32), (128, 64), (256, 64)])
+def test_threads_and_shared_memory_are_the_kernels(head_dim, kv_block_size, simulated_kernels):
+    simulated_kernels.sparse_attn_kernels.restype = ctypes.c_char_p
+    kernels = json.loads(simulated_kernels.sparse_attn_kernels())
+    case = Case(name="sizes", special="", head_dim=head_dim, kv_block_size=kv_block_size, dtype="bfloat16")
+    configs = ("ForwardConfig", "QueryGradientConfig", "KeyGradientConfig")
+    for schedule, config in zip(launched_schedules(case, 32), configs):
+        named = f"sm80::{config}<sparse_attn::ptx::BFloat16, {head_dim}, {schedule.keys}, "
+        found = {(kernel["threads"], kernel["shared_bytes"]) for kernel in kernels if named in kernel["config"]}
+        assert found == {(32 * schedule.warps, schedule.shared_bytes)}, config
+
+
+@pytest.mark.parametrize("name, tokens", [("group2_bf16", 3), ("q_block100", 32), ("hostile_ids", 1), ("duplicates", 4)])
+def test_unions_are_those_of_plans(name, tokens):
+    case = case_named(name)
+    lists = lists_of_case(case)
+    tiles = tiles_of(lists, tokens)
+    plan = plan_of(case, make_inputs(case).selection, tokens)
+    np.testing.assert_array_equal(tiles.blocks, np.ravel(plan.counts))
+    np.testing.assert_array_equal(tiles.visits, np.diff(plan.inverse_offsets, axis=-1).reshape(tiles.visits.shape))
+    assert schedules.num_entries(lists, tokens) == plan.inverse_tiles.shape[-1]
+
+
+@pytest.mark.parametrize("name", ["kv_block128_bf16", "q_block100", "hostile_ids_full", "group3"])
+def test_pairs_are_those_of_the_benchmarks(name):
+    case = case_named(name)
+    assert visible_pairs(lists_of_case(case)) == count_pairs(make_inputs(case), "selected")
+
+
+SAMPLED = sized_case(
+    seed=0, batch=2, q_len=16384, kv_len=None, num_q_heads=4, num_kv_heads=2, head_dim=64, q_block_size=1, kv_block_size=64,
+    num_slots=64, is_causal=True, dtype="bfloat16",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole_and_sample() -> tuple[Lists, Lists]:
+    """Random lists of every token of a sequence, and of a quarter of its tokens."""
+    sizes = {name: getattr(SAMPLED, name) for name in ("q_len", "kv_len", "num_slots", "is_causal")}
+    ids = inputs.random_indices(batch=1, heads=1, **sizes)
+    return Lists(SAMPLED, ids, np.zeros(1, np.int64), 4), sample_lists(SAMPLED, "random")
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 16])
+@pytest.mark.parametrize("make", [schedules.sm80_forward, schedules.sm80_key_gradient])
+def test_sample_stands_for_all_tokens(make, tokens, whole_and_sample):
+    whole, sample = whole_and_sample
+    assert sample.coverage == 4
+    schedule = make(SAMPLED, tokens)
+    expected, found = (vars(schedules.work_of(schedule, lists, l2_capacity=2**22)) for lists in (whole, sample))
+    for name in ("ctas", "owned", "pieces", "items", "steps", "edge_steps", "missed"):
+        assert found[name] == pytest.approx(expected[name], rel=0.02), name
+
+
+def test_realistic_lists_share_blocks():
+    lists = sample_lists(SAMPLED, "realistic")
+    random, realistic, one = tiles_of(sample_lists(SAMPLED, "random"), 16), tiles_of(lists, 16), tiles_of(lists, 1)
+    assert realistic.blocks.mean() < 0.7 * random.blocks.mean()
+    assert realistic.visits[0, 0] == len(realistic.blocks)  # the sink
+    assert (one.blocks == np.minimum(one.visible // 64 + (one.visible % 64 > 0), 64)).all()
+
+
+def test_lists_of_a_density():
+    case = dataclasses.replace(roofline_tables.block_case(128), q_len=16384, kv_len=16384)
+    own = np.arange(128)
+    tiles = tiles_of(lists_of_density(case, 0.1), 128)
+    np.testing.assert_array_equal(tiles.blocks, np.maximum(1, np.round(0.1 * (own + 1))))
+    assert tiles.visits[0, -1] == 1 and (np.flatnonzero(tiles.has_last) == 127).all()
+    every_block = lists_of_density(case, 1.0)
+    assert visible_pairs(every_block) == case.q_len * (case.q_len + 1) // 2 * case.num_q_heads
+
+
+# ---- What is predicted.
+
+
+@pytest.mark.parametrize("case", TOKEN_CASES.values(), ids=TOKEN_CASES)
+def test_published_times_of_infllm_v2(case):
+    """Its own schedule, one set of ceilings for all lengths."""
+    found = predict(schedules.infllm_v2_forward(case), sample_lists(case, "random"), H100)
+    assert 1e3 * found.seconds == pytest.approx(INFLLM_V2[case.q_len].forward, rel=0.25)
+    assert found.limit == "memory"
+
+
+def test_infllm_v2_by_hand():
+    """32,768 tokens: K/V of each token's blocks pass L2; all of them fit into it, so HBM sees each array once."""
+    case = TOKEN_CASES["32k"]
+    found = predict(schedules.infllm_v2_forward(case), sample_lists(case, "random"), H100)
+    pairs = case.batch * case.num_kv_heads
+    blocks = sum(min(token // 64 + 1, 64) for token in range(case.q_len)) * pairs
+    q_rows = case.batch * case.q_len * 32
+    assert found.counts.loaded == pytest.approx(blocks * 2 * 64 * 256 + q_rows * 256, rel=2e-3)
+    assert found.counts.stored == q_rows * (256 + 4)
+    assert found.counts.flops == pytest.approx(blocks * 4 * 64 * 128 * 16, rel=2e-3)
+    assert found.hbm * H100.hbm_bytes == pytest.approx(q_rows * (2 * 256 + 4) + case.q_len * pairs * 2 * 256)
+    assert found.l2 * H100.l2_bytes == pytest.approx(found.counts.loaded + found.counts.stored)
+    assert found.ctas_per_sm == 6  # (228 KiB) // (36 KiB + 1 KiB)
+    assert found.tensor * 0.629 * 989.4e12 == pytest.approx(found.counts.flops)  # six warps keep four tensor cores busy
+
+
+def test_few_warps_leave_tensor_cores_idle():
+    """One warp per CTA and three CTAs: three of four tensor cores."""
+    case = TOKEN_CASES["32k"]
+    lists = sample_lists(case, "random")
+    found = predict(schedules.sm80_forward(case, 1), lists, H100)
+    assert found.ctas_per_sm == 3
+    assert found.tensor * H100.flops["mma"] == pytest.approx(found.counts.flops * 4 / 3)
+
+
+def test_keys_that_l2_cannot_keep_come_from_hbm():
+    """K/V of one head at 131,072 tokens are 64 MiB: of the causal prefix L2 keeps its capacity."""
+    case = TOKEN_CASES["128k"]
+    found = schedules.work_of(schedules.infllm_v2_forward(case), sample_lists(case, "random"), H100.l2_capacity)
+    prefix = np.arange(1, case.q_len + 1) * 512
+    expected = np.maximum(0, 1 - H100.l2_capacity / prefix).mean()
+    assert found.missed / found.items == pytest.approx(expected, rel=0.05)
+
+
+def test_sixteen_tokens_do_not_fit():
+    """512 threads of 168 registers are more than an SM has."""
+    case = TOKEN_CASES["32k"]
+    lists = sample_lists(case, "random")
+    assert predict(schedules.sm80_forward(case, 16), lists, A100) is None
+    assert predict(schedules.sm80_forward(case, 8), lists, A100).ctas_per_sm == 1
+
+
+# ---- What is written.
+
+
+def test_document_has_the_present_check():
+    assert roofline_tables.check_section() in DOCUMENT
+    assert DOCUMENT.count(roofline.BEGIN) == DOCUMENT.count(roofline.END) == 1
+
+
+def test_every_predicted_column_says_so():
+    """Columns of times and speeds are predicted, published or goals, and never two of these."""
+    tables = DOCUMENT.split(roofline.BEGIN)[1]
+    headers = re.findall(r"^(\|.*\|)\n\| *-", tables, flags=re.MULTILINE)
+    assert len(headers) >= 11
+    for header in headers:
+        for column in header.strip("|").split("|"):
+            words = set(re.findall(r"predicted|published|goal", column))
+            assert len(words) == (1 if re.search(r"ms|TFLOP/s|SM80|SM90|dQ|dK|limit", column) else len(words)), column
+
+
+def test_tables_replace_tables():
+    document = f"before\n{roofline.BEGIN}\nold\n{roofline.END}\nafter\n"
+    assert roofline.with_tables(document, "new") == f"before\n{roofline.BEGIN}\n\nnew\n\n{roofline.END}\nafter\n"
+
+
+def test_case_of_the_tests():
+    entries, text = roofline.predict_case("group16_bf16_d128")
+    assert "160 tokens x 1: forward" in text and "backward" in text
+    data = json.loads(json.dumps([roofline.entry_data(entry) for entry in entries]))
+    assert {entry["kernel"] for entry in data} == set(roofline_tables.KERNELS)
+    assert all(entry["predicted"] is None or entry["predicted"]["ms"] > 0 for entry in data)

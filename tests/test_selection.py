@@ -9,9 +9,10 @@ import pytest
 
 from sparse_attn_jax.block_top_k import nth_set_bit, pack_bits
 from sparse_attn_jax.implementations.xla.scoring import select_from_units
-from sparse_attn_jax.scoring import compress_keys, score_blocks, scoring_problem, select_blocks
+from sparse_attn_jax.scoring import compress_keys, score_blocks, select_blocks
 from sparse_attn_jax.scoring_problem import absolute_positions
 from sparse_attn_jax.testing import selection_oracle as oracle
+from sparse_attn_jax.testing.selection_cases import CASES, make_problem
 
 
 def make_inputs(q_len, kv_len, num_q_heads=4, num_kv_heads=2, head_dim=16, batch=1, seed=0, dtype=jnp.float32):
@@ -253,14 +254,6 @@ def test_nth_set_bit_matches_nonzero(num_bits):
 # The fused path.
 
 
-def make_problem(query, kv_len, **options):
-    defaults = dict(
-        scale=None, kv_len=kv_len, is_causal=True, block_size=64, kernel_size=32, kernel_stride=16, coarse_kernel_size=128,
-        coarse_kernel_stride=64, pooling="max", group_reduction="sum", top_k=5, num_sink_blocks=1, num_local_blocks=2,
-    )  # fmt: skip
-    return scoring_problem(query, **(defaults | options))
-
-
 def select_unfused(query, units, coarse, q_offset, problem):
     scores = score_blocks(
         query, units, kv_len=problem.kv_len, block_size=problem.block_size, kernel_size=problem.kernel_size,
@@ -276,25 +269,10 @@ def select_unfused(query, units, coarse, q_offset, problem):
     return np.asarray(selection.indices), np.asarray(scores)
 
 
-FUSED_CASES = {
-    "causal": dict(kv_len=799),
-    "full": dict(kv_len=799, is_causal=False),
-    "no-reduction": dict(kv_len=799, group_reduction=None),
-    "nsa": dict(kv_len=799, pooling="overlap_sum", group_reduction="mean"),
-    "unaligned-block": dict(kv_len=640, block_size=40),
-    "odd-units": dict(kv_len=500, block_size=30, kernel_size=11, kernel_stride=7),
-    "gaps": dict(kv_len=300, block_size=8, kernel_size=4, kernel_stride=20),
-    "no-unit": dict(kv_len=31),
-    "no-coarse-unit": dict(kv_len=127),
-    "top-k-beyond-blocks": dict(kv_len=200, top_k=9),
-    "fine-units-as-large-as-coarse": dict(kv_len=640, kernel_size=128, kernel_stride=64),
-}
-
-
 @pytest.mark.parametrize("use_coarse", [False, True], ids=["exact", "coarse"])
-@pytest.mark.parametrize("case", FUSED_CASES)
+@pytest.mark.parametrize("case", CASES)
 def test_fused_equals_definition(case, use_coarse):
-    options = dict(FUSED_CASES[case])
+    options = dict(CASES[case])
     kv_len = options["kv_len"]
     q_len = kv_len if options.get("is_causal", True) else 100
     query, key = make_inputs(q_len, kv_len, 6, 2, batch=2)

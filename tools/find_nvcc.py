@@ -16,20 +16,25 @@ from pathlib import Path
 OLDEST_CUDA = 13
 PLACES = f"no nvcc of CUDA {OLDEST_CUDA} or newer on PATH, in CUDA_HOME, in /usr/local/cuda, or among Python's packages"
 # Each comes in a package of its own; JAX's wheels for GPUs need some of them.
-PARTS = ("bin/nvcc", "include/crt", "include/cuda_runtime.h", "include/cccl", "nvvm/bin/cicc", "lib/libcudart_static.a")
+PARTS = ("include/crt", "include/cuda_runtime.h", "include/cccl", "nvvm/bin/cicc", "lib/libcudart_static.a")
 
 
-def candidates() -> Iterator[Path]:
-    if on_path := shutil.which("nvcc"):
+def candidates(program: str) -> Iterator[Path]:
+    """Where a program of the CUDA toolkit may be, of the system first."""
+    if on_path := shutil.which(program):
         yield Path(on_path)
-    for root in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
-        if root:
-            yield Path(root) / "bin" / "nvcc"
+    roots = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     packages = importlib.util.find_spec("nvidia")
     for folder in packages.submodule_search_locations if packages else ():
-        for root in Path(folder).glob("cu*"):
-            if all((root / part).exists() for part in PARTS):
-                yield root / "bin" / "nvcc"
+        roots += Path(folder).glob("cu*")
+    for found in (Path(root, "bin", program) for root in roots if root):
+        if found.exists():
+            yield found
+
+
+def is_complete(nvcc: Path) -> bool:
+    root = nvcc.parent.parent
+    return "site-packages" not in root.parts or all((root / part).exists() for part in PARTS)
 
 
 def cuda_version(nvcc: Path) -> int:
@@ -39,7 +44,7 @@ def cuda_version(nvcc: Path) -> int:
 
 
 def find_nvcc() -> Path | None:
-    return next((nvcc for nvcc in candidates() if nvcc.exists() and cuda_version(nvcc) >= OLDEST_CUDA), None)
+    return next((nvcc for nvcc in candidates("nvcc") if is_complete(nvcc) and cuda_version(nvcc) >= OLDEST_CUDA), None)
 
 
 if __name__ == "__main__":

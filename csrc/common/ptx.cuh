@@ -17,6 +17,9 @@
 #define SPARSE_ATTN_AT
 #define SPARSE_ATTN_ONLY_AT
 #define SPARSE_ATTN_HERE
+// Before a loop whose indices have to be known when it is compiled: registers have no addresses.
+#define SPARSE_ATTN_UNROLL _Pragma("unroll")
+#define SPARSE_ATTN_NO_UNROLL _Pragma("unroll 1")
 #else
 #include <array>
 #include <bit>
@@ -28,6 +31,8 @@
 #define SPARSE_ATTN_ONLY_AT std::source_location location = std::source_location::current()
 #define SPARSE_ATTN_AT , SPARSE_ATTN_ONLY_AT
 #define SPARSE_ATTN_HERE , location
+#define SPARSE_ATTN_UNROLL
+#define SPARSE_ATTN_NO_UNROLL
 #endif
 
 namespace sparse_attn::ptx {
@@ -101,6 +106,20 @@ __device__ __forceinline__ void store_shared(std::uint32_t to, T value SPARSE_AT
               sizeof(T));
 #else
   *reinterpret_cast<T*>(__cvta_shared_to_generic(to)) = value;
+#endif
+}
+
+// Sets bits of a word.
+__device__ __forceinline__ void atomic_or_shared(std::uint32_t to,
+                                                 std::uint32_t bits SPARSE_ATTN_AT) {
+#if SPARSE_ATTN_HOST_SIM
+  unsigned char* word = ::host_sim::at_shared(to, 4, ::host_sim::Access::kAtomic, location);
+  std::uint32_t value;
+  std::memcpy(&value, word, 4);
+  value |= bits;
+  std::memcpy(word, &value, 4);
+#else
+  asm volatile("red.shared.or.b32 [%0], %1;" ::"r"(to), "r"(bits) : "memory");
 #endif
 }
 
@@ -224,6 +243,50 @@ __device__ __forceinline__ float log2_approx(float x) {
 #else
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
+__device__ __forceinline__ std::uint32_t bits_of(float x) {
+#if SPARSE_ATTN_HOST_SIM
+  return std::bit_cast<std::uint32_t>(x);
+#else
+  return __float_as_uint(x);
+#endif
+}
+
+__device__ __forceinline__ float float_of(std::uint32_t bits) {
+#if SPARSE_ATTN_HOST_SIM
+  return std::bit_cast<float>(bits);
+#else
+  return __uint_as_float(bits);
+#endif
+}
+
+// How many bits are set.
+__device__ __forceinline__ int count_bits(std::uint32_t x) {
+#if SPARSE_ATTN_HOST_SIM
+  return std::popcount(x);
+#else
+  return __popc(x);
+#endif
+}
+
+// The index of the highest bit that is set; -1 for 0.
+__device__ __forceinline__ int highest_bit(std::uint32_t x) {
+#if SPARSE_ATTN_HOST_SIM
+  return 31 - std::countl_zero(x);
+#else
+  return 31 - __clz(static_cast<int>(x));
+#endif
+}
+
+__device__ __forceinline__ float reciprocal_approx(float x) {
+#if SPARSE_ATTN_HOST_SIM
+  return 1 / x;
+#else
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 #endif
 }

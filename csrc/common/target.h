@@ -9,3 +9,8 @@
 #define SPARSE_ATTN_HOST_SIM 1
 #endif
 #endif
+
+// Whether csrc/sm90 is compiled: not if the GPU's library is for others alone.
+#if !defined(SPARSE_ATTN_SM90)
+#define SPARSE_ATTN_SM90 1
+#endif

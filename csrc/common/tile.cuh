@@ -4,12 +4,6 @@
 #include "common/ptx.cuh"
 #include "params.h"
 
-#if SPARSE_ATTN_HOST_SIM
-#define SPARSE_ATTN_UNROLL
-#else
-#define SPARSE_ATTN_UNROLL _Pragma("unroll")
-#endif
-
 namespace sparse_attn {
 
 // A tile's rows are (token, query head of the group), token-major. A kernel computes on a slice of
@@ -166,7 +160,9 @@ struct Logit {
 __device__ __forceinline__ Logit logit(const AttentionInputs& in, float product, float bias) {
   float x = product * in.scale, slope = 1;
   if (in.logits_soft_cap != 0) {
-    const float capped = tanhf(x / in.logits_soft_cap);
+    // tanh y = 1 - 2 / (exp(2 y) + 1), exact to 2^-22 or so, and kernels have it for every score.
+    const float y = x * ptx::reciprocal_approx(in.logits_soft_cap);
+    const float capped = 1 - 2 * ptx::reciprocal_approx(ptx::exp2_approx(2 * kLog2E * y) + 1);
     x = capped * in.logits_soft_cap;
     slope = 1 - capped * capped;
   }

@@ -2,38 +2,16 @@
 // "cpu".
 #include "ffi/handlers.h"
 
-#include "ffi/arguments.h"
-#include "launchers.h"
+#include "ffi/handler.h"
 
 namespace sparse_attn {
 namespace {
-
-// A handler's last parameter is, on a GPU alone, the stream.
-#if SPARSE_ATTN_HOST_SIM
-auto bind() { return ffi::Ffi::Bind().RemainingArgs().RemainingRets().Attrs<Attributes>(); }
-LaunchContext context_of(const Call& call, const Attributes& attributes) {
-  return {.seed = static_cast<std::uint64_t>(attributes.seed), .buffers = call.buffers()};
-}
-#else
-auto bind() {
-  return ffi::Ffi::Bind()
-      .RemainingArgs()
-      .RemainingRets()
-      .Attrs<Attributes>()
-      .Ctx<ffi::PlatformStream<CUstream_st*>>();
-}
-LaunchContext context_of(const Call&, const Attributes&, CUstream_st* stream) { return {stream}; }
-#endif
 
 VariantKey key_of(const Call& call, const Attributes& attributes) {
   const auto& query = call["query"];
   return {attributes.arch,
           query.element_type() == ffi::DataType::BF16 ? Dtype::kBFloat16 : Dtype::kFloat16,
           static_cast<int>(query.dimensions()[3]), attributes.kv_block_size};
-}
-
-ffi::Error result_of(const Status& status) {
-  return status ? ffi::Error::Internal(*status) : ffi::Error::Success();
 }
 
 template <class... Stream>
@@ -48,8 +26,8 @@ ffi::Error forward(ffi::RemainingArgs args, ffi::RemainingRets rets, Attributes 
   params.out = call.get<void>("out", call["query"].element_type(), {q[0], q[1], q[2], q[3]});
   params.lse = call.get<float>("lse", kFloat, {q[0], q[1], q[2]});
   if (call.check.error()) return ffi::Error::InvalidArgument(*call.check.error());
-  return result_of(
-      attention_forward(key_of(call, attributes), params, context_of(call, attributes, stream...)));
+  return result_of(attention_forward(key_of(call, attributes), params,
+                                     context_of(call, attributes.seed, stream...)));
 }
 
 template <class... Stream>
@@ -95,21 +73,18 @@ ffi::Error backward(ffi::RemainingArgs args, ffi::RemainingRets rets, Attributes
   params.d_key_bias = call.option<float>("d_key_bias", kFloat, {q[0], k[2], k[1]});
   if (call.check.error()) return ffi::Error::InvalidArgument(*call.check.error());
   return result_of(attention_backward(key_of(call, attributes), params,
-                                      context_of(call, attributes, stream...)));
+                                      context_of(call, attributes.seed, stream...)));
 }
 
-#if SPARSE_ATTN_HOST_SIM
-constexpr auto kForward = forward<>;
-constexpr auto kBackward = backward<>;
-#else
-constexpr auto kForward = forward<CUstream_st*>;
-constexpr auto kBackward = backward<CUstream_st*>;
-#endif
+constexpr auto kForward = SPARSE_ATTN_HANDLER(forward);
+constexpr auto kBackward = SPARSE_ATTN_HANDLER(backward);
 
 }  // namespace
 }  // namespace sparse_attn
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(sparse_attn_attention_forward, sparse_attn::kForward,
-                              sparse_attn::bind(), {xla::ffi::Traits::kCmdBufferCompatible});
+                              sparse_attn::bind_handler<sparse_attn::Attributes>(),
+                              {xla::ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER_SYMBOL(sparse_attn_attention_backward, sparse_attn::kBackward,
-                              sparse_attn::bind(), {xla::ffi::Traits::kCmdBufferCompatible});
+                              sparse_attn::bind_handler<sparse_attn::Attributes>(),
+                              {xla::ffi::Traits::kCmdBufferCompatible});

@@ -16,6 +16,9 @@ py::dict registrations() {
   py::dict handlers;
   handlers["sparse_attn_attention_forward"] = capsule(sparse_attn_attention_forward);
   handlers["sparse_attn_attention_backward"] = capsule(sparse_attn_attention_backward);
+  handlers["sparse_attn_select_blocks"] = capsule(sparse_attn_select_blocks);
+  handlers["sparse_attn_plan_unions"] = capsule(sparse_attn_plan_unions);
+  handlers["sparse_attn_plan_inverse"] = capsule(sparse_attn_plan_inverse);
   return handlers;
 }
 

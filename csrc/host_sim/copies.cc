@@ -27,8 +27,8 @@ struct Mbarrier {
   std::uint64_t phase = 0;
   int arrivals = 0, pending = 0;
   std::int64_t pending_bytes = 0;
-  Races::Clock arrived;                         // in the current phase
-  Races::Clock completed;                       // in those before it
+  Races::Clock arrived;                         // up to now
+  Races::Clock completed;                       // up to the end of the last phase
   std::uint64_t observed = 0;                   // phases that a thread has seen the end of
   std::uint64_t landed = 0, landed_unseen = 0;  // bytes in the current phase, and before it
   std::vector<int> waiting;
@@ -91,14 +91,11 @@ Mbarrier& mbarrier_at(std::uint32_t address, const char* operation, Location loc
 void complete_phase_if_due(Mbarrier& mbarrier) {
   if (mbarrier.pending != 0 || mbarrier.pending_bytes != 0) return;
   Cta& block = cta();
-  Races::Clock& into = mbarrier.completed;
-  if (into.size() < mbarrier.arrived.size()) into.resize(mbarrier.arrived.size());
-  for (std::size_t i = 0; i < mbarrier.arrived.size(); ++i)
-    into[i] = std::max(into[i], mbarrier.arrived[i]);
-  if (into.size() <= static_cast<std::size_t>(mbarrier.actor)) into.resize(mbarrier.actor + 1);
-  into[mbarrier.actor] = block.races.now();
+  if (mbarrier.arrived.size() <= static_cast<std::size_t>(mbarrier.actor))
+    mbarrier.arrived.resize(mbarrier.actor + 1);
+  mbarrier.arrived[mbarrier.actor] = block.races.now();
   block.races.tick();
-  mbarrier.arrived.clear();
+  mbarrier.completed = mbarrier.arrived;
   ++mbarrier.phase;
   mbarrier.pending = mbarrier.arrivals;
   mbarrier.landed_unseen += std::exchange(mbarrier.landed, 0);
@@ -107,7 +104,7 @@ void complete_phase_if_due(Mbarrier& mbarrier) {
 
 void expect_bytes(Mbarrier& mbarrier, std::int64_t bytes, Location location) {
   mbarrier.pending_bytes += bytes;
-  if (mbarrier.pending_bytes > kMostBytes || mbarrier.pending_bytes < -kMostBytes)
+  if (mbarrier.pending_bytes > kMostBytes)
     throw Error(text(location) + ": more than 2^20 - 1 bytes: " + mbarrier.describe());
 }
 
@@ -289,7 +286,6 @@ void mbarrier_init_fence(Location) {
   for (auto& [address, mbarrier] : copies().mbarriers) {
     if (mbarrier.thread == block.thread().id) mbarrier.is_fenced = true;
   }
-  block.races.fence(block.thread().id);
 }
 
 void mbarrier_arrive(std::uint32_t barrier, std::uint32_t expected_bytes, Location location) {

@@ -48,7 +48,7 @@ struct Thread {
   bool is_done = false;
   const char* waits_for = nullptr;
   Location waits_at;
-  std::function<std::string()> waits_detail;  // for the report of a deadlock; may be empty
+  std::function<std::string()> waits_detail;  // may be empty
   std::vector<AsyncCopy> open_copies;
   std::deque<std::vector<AsyncCopy>> copy_groups;  // committed, oldest first
 
@@ -121,6 +121,7 @@ class Cta {
         number(number),
         threads(grid.block.x * grid.block.y * grid.block.z),
         shared(grid.settings.shared_bytes, kPoison),
+        atomic_epochs(grid.settings.shared_bytes, 0),
         races(static_cast<int>(threads.size()), grid.settings.shared_bytes),
         meetings(num_warps()),
         fibers_(fibers),
@@ -131,7 +132,9 @@ class Cta {
   Races::Threads lanes(int warp) const;
 
   void run();
-  void wait(const char* what, Location location, std::function<std::string()> detail = {});
+  void wait(const char* what, Location location);
+  // `detail` adds to the report of a deadlock.
+  void wait(const char* what, Location location, std::function<std::string()> detail);
   void wake(int thread) { ready_.push_back(thread); }
   // Something that happens at any time from now on.
   void happen_later(std::function<void()> event) { events_.push_back(std::move(event)); }
@@ -151,6 +154,7 @@ class Cta {
   const std::uint32_t number;
   std::vector<Thread> threads;
   std::vector<unsigned char> shared;
+  std::vector<std::uint32_t> atomic_epochs;  // by byte: of the last atomic operation
   Races races;
   std::vector<std::vector<Meeting>> meetings;  // by warp
   std::array<Barrier, kNumBarriers> barriers;

@@ -1,7 +1,18 @@
 // Instructions of compute capability 9.0a: mbarriers, bulk and tensor copies, warpgroups.
 //
 // They are as late and as early as the hardware may make them: a copy lands at some time drawn from
-// the seed, and products are NaN until they have been waited for.
+// the seed, and products are NaN until they have been waited for. An error is
+//  - an mbarrier that is used before its initialisation is known to the thread, and fenced if it
+//  counts a copy; one whose phase cannot end, because arrivals or bytes are missing or too many; an
+//  arrival while nobody has seen the end of the phase before; copies that nobody waits for;
+//  - what a copy brings read by a thread that has not waited for its phase, itself or through a
+//  barrier; a copy over bytes whose readers are not known to be done;
+//  - an operand of a copy or a product that was written by ordinary instructions without
+//  fence_async_proxy by the writer, or that is written before a wait for the product;
+//  - sums or fragments in registers that no warpgroup_fence has named, or that change between the
+//  fence and the wait; a wait that names sums which it does not wait for;
+//  - four warps that do not execute the same instructions of a warpgroup;
+//  - registers that nobody has released.
 #pragma once
 
 #include <cstddef>

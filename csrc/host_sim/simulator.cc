@@ -95,13 +95,18 @@ void Cta::run() {
   check_warpgroups_at_end(*this);
 }
 
-void Cta::wait(const char* what, Location location, std::function<std::string()> detail) {
+void Cta::wait(const char* what, Location location) {
   Thread& self = thread();
   self.waits_for = what;
   self.waits_at = location;
-  self.waits_detail = std::move(detail);
   Fiber::suspend();
   self.waits_for = nullptr;
+}
+
+void Cta::wait(const char* what, Location location, std::function<std::string()> detail) {
+  thread().waits_detail = std::move(detail);
+  wait(what, location);
+  thread().waits_detail = nullptr;
 }
 
 void Cta::set_landing(std::uint32_t address, std::size_t bytes, int what) {
@@ -180,7 +185,8 @@ void check_words(TrackedBuffer& tracked, std::uintptr_t address, std::size_t byt
                          std::to_string(i * GlobalWord::kBytes) + " of " + tracked.buffer.name);
     }
     if (access == Access::kRead) {
-      const bool is_shared = word.read.who != 0 && word.read.who != who;
+      // Whatever comes after this read comes after those that are ordered before it.
+      const bool is_shared = !is_ordered(word.read);
       word.read = {is_shared ? GlobalWord::kMany : who, block.epoch, false};
     } else {
       word.write = {who, block.epoch, is_atomic};
@@ -372,8 +378,18 @@ unsigned char* at_shared(std::uint32_t address, std::size_t bytes, Access access
   Cta& block = cta();
   unsigned char* found = block.check_shared(address, bytes, bytes, location);
   const Thread& thread = block.thread();
-  check_races(address, bytes, access != Access::kRead,
+  // Atomic operations may meet, so they count as reads of each other; what they made may be read
+  // after a barrier of all threads.
+  check_races(address, bytes, access == Access::kWrite,
               is_for_warp ? block.lanes(thread.warp()) : Races::Threads{thread.id, 1}, location);
+  for (std::size_t i = 0; i < bytes; ++i) {
+    std::uint32_t& epoch = block.atomic_epochs[address + i];
+    if (access == Access::kRead && epoch == block.epoch) {
+      fail(location, "nothing orders this read of shared address " + std::to_string(address + i) +
+                         " after the atomic operations of this epoch");
+    }
+    if (access == Access::kAtomic) epoch = block.epoch;
+  }
   if (access != Access::kWrite) block.grid.counters.shared_bytes_loaded += bytes;
   if (access != Access::kRead) block.grid.counters.shared_bytes_stored += bytes;
   return found;

@@ -76,7 +76,7 @@ struct State {  // of a thread
   std::vector<Fenced> fenced;
   std::vector<SumsInFlight> sums;
   std::vector<AInFlight> a;
-  std::shared_ptr<Product> last;  // that it has started
+  std::shared_ptr<Product> last;  // that it has started; may be null
   Location last_location;
   std::deque<std::shared_ptr<Product>> groups;  // the last product of each that is under way
   std::uint64_t committed = 0, waited = 0;      // groups
@@ -403,7 +403,7 @@ void warpgroup_commit(Location location) {
   const int id = cta().thread().id;
   execute("wgmma.commit_group", location);
   State& state = warpgroups().threads[id];
-  state.groups.push_back(std::exchange(state.last, nullptr));
+  state.groups.push_back(state.last);
   ++state.committed;
   forget_executed(warpgroups().all[id / kThreads]);
 }

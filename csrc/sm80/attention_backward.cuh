@@ -9,6 +9,7 @@
 #pragma once
 
 #include "common/inverse.cuh"
+#include "common/partials.cuh"
 #include "common/tile.cuh"
 #include "params.h"
 #include "sm80/matrix.cuh"
@@ -53,8 +54,8 @@ __global__ void __launch_bounds__(Config::kThreads)
   const auto row_of = [&](int row) -> std::int64_t {
     return row < tile.num_rows ? tile.row_offset(in.shape, row) : -1;
   };
-  copy_rows<kHeadDim, Config::kThreads>(query, in.query, Config::kRows, row_of);
-  copy_rows<kHeadDim, Config::kThreads>(d_out, p.d_out, Config::kRows, row_of);
+  copy_rows<kHeadDim, Config::kThreads, Config::kRows>({{in.query, query}, {p.d_out, d_out}},
+                                                       row_of);
   ring.fetch(0);
 
   Sums<kHeadDim> d_query = {};
@@ -207,9 +208,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     const auto row_of = [&](int row) -> std::int64_t {
       return exists && row < tile.num_rows ? tile.row_offset(in.shape, row) : -1;
     };
-    copy_rows<kHeadDim, Config::kThreads>(stage, in.query, Config::kRows, row_of);
-    copy_rows<kHeadDim, Config::kThreads>(stage + Config::kTileBytes, p.d_out, Config::kRows,
-                                          row_of);
+    copy_rows<kHeadDim, Config::kThreads, Config::kRows>(
+        {{in.query, stage}, {p.d_out, stage + Config::kTileBytes}}, row_of);
     for (int row = static_cast<int>(threadIdx.x); row < Config::kRows; row += Config::kThreads) {
       TableRow table_row{RowMask(), 0, 0};
       if (row_of(row) >= 0) {
@@ -227,8 +227,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     if (first_key + i >= in.shape.kv_len) return -1;
     return key_row(in.shape, batch % in.shape.key_batch, kv_head, first_key + i);
   };
-  copy_rows<kHeadDim, Config::kThreads>(key, in.key, kKeys, key_row_of);
-  copy_rows<kHeadDim, Config::kThreads>(value, in.value, kKeys, key_row_of);
+  copy_rows<kHeadDim, Config::kThreads, kKeys>({{in.key, key}, {in.value, value}}, key_row_of);
   if (Config::kStages > 1 && num_steps > 0) fetch(0);
   ptx::copy_commit();
 
@@ -349,48 +348,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       }
       if constexpr (Config::kHasValue) store(d_value, kHeadDim);
     }
-  }
-}
-
-template <class T_, int kHeadDim_>
-struct SumPartialsConfig {
-  using T = T_;
-  static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kThreads = 128;
-  static constexpr int kSharedBytes = 0;
-};
-
-// Sums the parts of the blocks whose lists were split. A CTA has a block, a warp a key.
-template <class Config>
-__global__ void __launch_bounds__(Config::kThreads)
-    sum_partials(const __grid_constant__ AttentionBackwardParams p) {
-  using T = typename Config::T;
-  constexpr int kHeadDim = Config::kHeadDim, kWidth = kPartialWidth<kHeadDim>;
-  const AttentionShape& shape = p.in.shape;
-  const int block = static_cast<int>(blockIdx.x), kv_head = static_cast<int>(blockIdx.y),
-            batch = static_cast<int>(blockIdx.z), lane = ptx::lane_index();
-  const InverseList list = InverseList::of_block(p.in, p.inverse, batch, kv_head, block);
-  if (!list.exists() || list.is_whole()) return;
-  for (int i = ptx::warp_index(); i < shape.kv_block_size; i += Config::kThreads / 32) {
-    const int key = block * shape.kv_block_size + i;
-    if (key >= shape.kv_len) return;
-    const float* from = p.partials + list.partial_row(shape, p.inverse, key) * kWidth;
-    const std::int64_t stride = static_cast<std::int64_t>(shape.kv_block_size) * kWidth;
-    const auto sum = [&](int element) {
-      float total = 0;
-      for (int part = 0; part < list.num_parts(); ++part)
-        total += ptx::load_global(from + part * stride + element);
-      return total;
-    };
-    const std::int64_t row = key_row(shape, batch, kv_head, key) * (kHeadDim / 2);
-    for (int pair = lane; pair < kHeadDim / 2; pair += 32) {
-      ptx::store_global(static_cast<std::uint32_t*>(p.d_key) + row + pair,
-                        ptx::pack<T>(sum(2 * pair) * p.in.scale, sum(2 * pair + 1) * p.in.scale));
-      ptx::store_global(static_cast<std::uint32_t*>(p.d_value) + row + pair,
-                        ptx::pack<T>(sum(kHeadDim + 2 * pair), sum(kHeadDim + 2 * pair + 1)));
-    }
-    if (p.d_key_bias != nullptr && lane == 0)
-      ptx::store_global(p.d_key_bias + bias_offset(shape, batch, kv_head, key), sum(2 * kHeadDim));
   }
 }
 

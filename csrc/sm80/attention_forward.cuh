@@ -62,8 +62,9 @@ struct Accumulator {
   }
 };
 
+// Without the 1, ptxas spills a few registers for one more CTA per multiprocessor.
 template <class Config>
-__global__ void __launch_bounds__(Config::kThreads)
+__global__ void __launch_bounds__(Config::kThreads, 1)
     attention_forward(const __grid_constant__ AttentionForwardParams p) {
   using T = typename Config::T;
   constexpr int kHeadDim = Config::kHeadDim, kKeys = Config::kKeys;
@@ -81,8 +82,8 @@ __global__ void __launch_bounds__(Config::kThreads)
   const std::uint32_t query = ptx::shared_base();
   const typename Config::Ring ring(in, tile, chunks, query + Config::kQueryBytes);
 
-  copy_rows<kHeadDim, Config::kThreads>(
-      query, in.query, Config::kRows, [&](int row) -> std::int64_t {
+  copy_rows<kHeadDim, Config::kThreads, Config::kRows>(
+      {{in.query, query}}, [&](int row) -> std::int64_t {
         return row < tile.num_rows ? tile.row_offset(in.shape, row) : -1;
       });
   ring.fetch(0);

@@ -72,13 +72,6 @@ struct Variant {
   using BackwardKernels = std::conditional_t<
       kHeadDim <= 128, Sequence<OfQuery, OfKey<KeyGradient::kBoth>, OfParts>,
       Sequence<OfQuery, OfKey<KeyGradient::kKey>, OfKey<KeyGradient::kValue>, OfParts>>;
-
-  static std::vector<KernelInfo> kernels() {
-    std::vector<KernelInfo> all;
-    ForwardKernels::list(all);
-    BackwardKernels::list(all);
-    return all;
-  }
 };
 
 template <class T>
@@ -90,8 +83,7 @@ void add(std::vector<AttentionVariant>& to) {
     using V = Variant<T, kHeadDim, kBlockSize>;
     to.push_back({{80, kDtype<T>, kHeadDim, kBlockSize},
                   V::ForwardKernels::template run<AttentionForwardParams>,
-                  V::BackwardKernels::template run<AttentionBackwardParams>,
-                  V::kernels});
+                  V::BackwardKernels::template run<AttentionBackwardParams>});
   };
   (add_one.template operator()<kBlockSizes>(), ...);
 }

@@ -21,18 +21,26 @@ constexpr int kMostSharedBytes = 163 * 1024;
 template <int kHeadDim>
 constexpr int kRowBytes = 2 * kHeadDim + 16;
 
-// Starts copies of `count` rows to shared memory by `kThreads` threads; `row_of` gives a row's
-// index in `from`, or a negative number for a row of zeros.
-template <int kHeadDim, int kThreads, class RowOf>
-__device__ __forceinline__ void copy_rows(std::uint32_t to, const void* from, int count,
-                                          RowOf row_of) {
+// Where rows are copied from and to: a global array and shared memory.
+struct RowCopy {
+  const void* from;
+  std::uint32_t to;
+};
+
+// Starts copies of `kCount` rows, of the same rows for each of `copies`, by `kThreads` threads.
+// `row_of` gives a row's index in the arrays, or a negative number for a row of zeros.
+template <int kHeadDim, int kThreads, int kCount, int kCopies, class RowOf>
+__device__ __forceinline__ void copy_rows(const RowCopy (&copies)[kCopies], RowOf row_of) {
   constexpr int kPieces = kHeadDim / 8;  // of 16 bytes
-  const auto* bytes = static_cast<const char*>(from);
-  for (int i = static_cast<int>(threadIdx.x); i < count * kPieces; i += kThreads) {
+  for (int i = static_cast<int>(threadIdx.x); i < kCount * kPieces; i += kThreads) {
     const int row = i / kPieces, piece = i % kPieces;
     const std::int64_t index = row_of(row);
-    const char* source = index < 0 ? bytes : bytes + index * (2 * kHeadDim) + 16 * piece;
-    ptx::copy_async16(to + row * kRowBytes<kHeadDim> + 16 * piece, source, index >= 0);
+    const std::int64_t offset = index < 0 ? 0 : index * (2 * kHeadDim) + 16 * piece;
+    SPARSE_ATTN_UNROLL
+    for (const RowCopy& copy : copies) {
+      ptx::copy_async16(copy.to + row * kRowBytes<kHeadDim> + 16 * piece,
+                        static_cast<const char*>(copy.from) + offset, index >= 0);
+    }
   }
 }
 
@@ -57,12 +65,12 @@ class KeyRing {
   __device__ void fetch(int chunk) const {
     if (chunk < chunks_.count()) {
       const int first = chunks_.first_key(chunk);
-      const auto row_of = [&](int i) -> std::int64_t {
-        return first < 0 || first + i >= in_.shape.kv_len ? -1
-                                                          : tile_.key_offset(in_.shape, first + i);
-      };
-      copy_rows<kHeadDim, kThreads>(key(chunk), in_.key, kKeys, row_of);
-      copy_rows<kHeadDim, kThreads>(value(chunk), in_.value, kKeys, row_of);
+      const int count = first < 0 ? 0 : in_.shape.kv_len - first;
+      const std::int64_t first_row = tile_.key_offset(in_.shape, first);
+      const std::int64_t stride = in_.shape.num_kv_heads;
+      copy_rows<kHeadDim, kThreads, kKeys>(
+          {{in_.key, key(chunk)}, {in_.value, value(chunk)}},
+          [&](int i) -> std::int64_t { return i < count ? first_row + i * stride : -1; });
     }
     ptx::copy_commit();
   }

@@ -291,6 +291,15 @@ __device__ __forceinline__ void store_matrix_transposed(
 
 // ---- Warps and warpgroups.
 
+// The number of the lowest bit that is set, of which there must be one.
+__device__ __forceinline__ int lowest_bit(std::uint32_t bits) {
+#if SPARSE_ATTN_HOST_SIM
+  return std::countr_zero(bits);
+#else
+  return __ffs(static_cast<int>(bits)) - 1;
+#endif
+}
+
 // True in one lane of the warp, always the same one, and not known which.
 __device__ __forceinline__ bool elect_one(SPARSE_ATTN_ONLY_AT) {
 #if SPARSE_ATTN_HOST_SIM
@@ -311,9 +320,8 @@ __device__ __forceinline__ bool elect_one(SPARSE_ATTN_ONLY_AT) {
 
 // From now on, each thread of the warpgroup has at most so many registers: 24 to 256, a multiple of
 // 8. The rest can be taken by other warpgroups of the CTA. All four warps call it. Needs a kernel
-// with
-// __launch_bounds__(threads, 1): then a thread starts with 65536 / threads registers, rounded down
-// to a multiple of 8. With other bounds the assembler ignores it.
+// with __launch_bounds__(threads, blocks): then a thread starts with 65536 / (threads * blocks)
+// registers, rounded down to a multiple of 8. Without such bounds the assembler ignores it.
 template <int kRegisters>
 __device__ __forceinline__ void release_registers(SPARSE_ATTN_ONLY_AT) {
   static_assert(kRegisters >= 24 && kRegisters <= 256 && kRegisters % 8 == 0);

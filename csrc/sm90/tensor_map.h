@@ -41,7 +41,8 @@ constexpr int swizzle_period(Swizzle swizzle) {
 // them that exist: the others are read as zeros, and not written. Raises std::runtime_error if the
 // hardware cannot do it:
 //  - base and strides are multiples of 16 bytes, strides less than 2^40, dimensions 1 to 2^32;
-//  - box dimensions are 1 to 256, and the first takes a multiple of 16 bytes; with a swizzle, its 32,
+//  - box dimensions are 1 to 256, and the first takes a multiple of 16 bytes; with a swizzle, its
+//  32,
 //    64 or 128.
 template <class T, int kRank>
 TensorMap make_tensor_map(const void* base, const std::uint64_t (&shape)[kRank],

@@ -126,15 +126,16 @@ class InfLLMV2:
         if (coarse is not None) != self.coarse_lse:
             found = "None" if coarse is None else "an array"
             raise ValueError(f"`coarse` is {found} and coarse_lse={self.coarse_lse}; give it exactly if coarse_lse is set.")
-        problem = self._problem(query, kv_len, is_causal)
+        problem = self._problem(query, compressed, kv_len, is_causal)
         if kv_len <= self.dense_len:
             checks.check_q_offset(q_offset, query.shape[0], query.shape[1], kv_len)
             return select_every_block(query.shape[1], kv_len, self.block_size)
         return select_blocks_from_units(query, compressed, coarse, problem=problem, q_offset=q_offset)
 
-    def _problem(self, query: jax.Array, kv_len: int, is_causal: bool) -> ScoringProblem:
+    def _problem(self, query: jax.Array, compressed: jax.Array, kv_len: int, is_causal: bool) -> ScoringProblem:
         return scoring_problem(
             query,
+            compressed,
             scale=self.scale,
             kv_len=kv_len,
             is_causal=is_causal,

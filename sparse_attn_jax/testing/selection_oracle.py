@@ -63,10 +63,11 @@ def pool(probability: np.ndarray, shared: np.ndarray, stride: int, pooling: str)
     """[heads, units seen] to [heads, num_blocks], by the tokens that each block shares with each unit seen."""
     pooled = np.full((probability.shape[0], shared.shape[0]), -np.inf)
     for block in np.flatnonzero(shared.any(axis=1)):
+        overlaps = shared[block] > 0
         if pooling == "max":
-            pooled[:, block] = probability[:, shared[block] > 0].max(axis=1)
+            pooled[:, block] = probability[:, overlaps].max(axis=1)
         else:
-            pooled[:, block] = probability @ (shared[block] / stride)
+            pooled[:, block] = probability[:, overlaps] @ (shared[block, overlaps] / stride)
     return pooled
 
 

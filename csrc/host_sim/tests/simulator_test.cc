@@ -167,6 +167,17 @@ TEST(global_readers_are_all_remembered) {
   }
 }
 
+TEST(global_readers_before_a_barrier_are_forgotten) {
+  std::vector<int> y(1, 0);
+  host_sim::launch({}, {64}, {}, {output(y)}, [&] {
+    for (int turn = 0; turn < 4; ++turn) {
+      if (thread() == 16 * turn) ptx::store_global(&y[0], ptx::load_global(&y[0]) + 1);
+      ptx::sync_threads();
+    }
+  });
+  CHECK(y[0] == 4);
+}
+
 TEST(bytes_are_counted) {
   const std::vector<float> x(64);
   std::vector<float> y(64);
@@ -269,6 +280,96 @@ TEST(accesses_of_whole_warps_need_a_barrier) {
   races.join(warp);
   CHECK(!access(false, warp) && !access(false, one));
   CHECK(access(true, one) && access(true, warp));
+}
+
+TEST(atomic_operations_on_shared_memory_may_meet) {
+  run(64, 4, [] {
+    if (thread() == 0) ptx::store_shared<std::uint32_t>(0, 0);
+    ptx::sync_threads();
+    ptx::atomic_or_shared(0, 1u << (thread() % 8));
+    ptx::sync_threads();
+    CHECK(ptx::load_shared<std::uint32_t>(0) == 0xff);
+  });
+}
+
+TEST(atomic_operations_on_shared_memory_need_a_barrier) {
+  enum class Other { kReadAfter, kWriteAfter, kWriteBefore };
+  for (Other other : {Other::kReadAfter, Other::kWriteAfter, Other::kWriteBefore}) {
+    check_error("nothing orders", [=] {
+      run(32, 4, [=] {
+        if (thread() == 0) ptx::store_shared<std::uint32_t>(0, 0);
+        ptx::sync_threads();
+        if (thread() == 0 && other == Other::kWriteBefore) ptx::store_shared<std::uint32_t>(0, 1);
+        ptx::shuffle(0, 0);  // orders no memory accesses
+        if (thread() == 1) ptx::atomic_or_shared(0, 1);
+        ptx::shuffle(0, 0);
+        if (thread() == 0 && other == Other::kReadAfter) ptx::load_shared<std::uint32_t>(0);
+        if (thread() == 0 && other == Other::kWriteAfter) ptx::store_shared<std::uint32_t>(0, 1);
+      });
+    });
+  }
+}
+
+TEST(order_is_known_warp_by_warp) {
+  using host_sim::Races;
+  Races races(256, 16);
+  const auto reads = [&](Races::Threads by) { return races.access(0, 4, false, by, {}); };
+  const auto reads_async = [&](Races::Threads by) {
+    return races.access_async(0, 16, {Races::Action::kRead, by, 256, {}});
+  };
+  races.add_actor("products");
+  races.access(0, 16, true, {0, 1}, {});
+  races.fence(0);
+  races.join({0, 128});
+  CHECK(!reads({32, 32}) && !reads_async({0, 128}));
+  CHECK(reads({128, 32}) && reads_async({128, 128}));
+}
+
+TEST(readers_of_a_granule_are_all_remembered) {
+  using host_sim::Races;
+  // Many readers; the writer knows of all but one.
+  for (int forgotten : {0, 7, 8, 20}) {
+    Races races(64, 16);
+    for (int thread = 0; thread < 40; ++thread) races.access(4, 2, false, {thread, 1}, {});
+    Races::Clock clock;
+    for (int thread = 0; thread < 40; ++thread) {
+      if (thread != forgotten) races.release(thread, clock);
+    }
+    races.tick();
+    races.acquire(63, clock);
+    const auto wrong = races.access(4, 2, true, {63, 1}, {});
+    CHECK(wrong && wrong->find("thread " + std::to_string(forgotten) + " ") != std::string::npos);
+  }
+  // A reader of all of it, and a writer of a part.
+  Races races(2, 16);
+  races.access(0, 16, false, {0, 1}, {});
+  CHECK(races.access(6, 2, true, {1, 1}, {}));
+  // The lanes of a warp, and one of them.
+  Races lanes(64, 16);
+  lanes.access(0, 16, false, {0, 32}, {});
+  lanes.access(0, 16, false, {0, 1}, {});
+  Races::Clock clock;
+  lanes.release(0, clock);
+  lanes.tick();
+  lanes.acquire(32, clock);
+  CHECK(lanes.access(0, 16, true, {32, 1}, {}));
+}
+
+TEST(fence_that_is_not_known_is_none) {
+  using host_sim::Races;
+  for (bool is_late : {false, true}) {
+    Races races(2, 16);
+    const int actor = races.add_actor("copies");
+    races.access(0, 16, true, {0, 1}, {});
+    if (!is_late) races.fence(0);
+    Races::Clock clock;
+    races.release(0, clock);
+    races.tick();
+    if (is_late) races.fence(0);
+    races.acquire(1, clock);
+    const auto wrong = races.access_async(0, 16, {Races::Action::kRead, {1, 1}, actor, {}});
+    CHECK(wrong.has_value() == is_late);
+  }
 }
 
 TEST(many_readers_are_all_remembered) {

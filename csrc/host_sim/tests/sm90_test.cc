@@ -211,6 +211,26 @@ TEST(mbarrier_that_is_not_visible_yet) {
   });
 }
 
+TEST(mbarrier_is_fenced_by_the_thread_that_made_it) {
+  const std::vector<std::uint16_t> x(64);
+  const auto map = make_tensor_map<Float16, 2>(x.data(), {8, 8}, {16}, {8, 8}, Swizzle::kNone);
+  const auto kernel = [&](int fencer) {
+    return [&, fencer] {
+      if (thread() == 0) ptx::mbarrier_init(256, 1);
+      ptx::sync_warp();
+      if (thread() == fencer) ptx::mbarrier_init_fence();
+      ptx::sync_warp();
+      if (thread() == 1) {
+        ptx::mbarrier_arrive_expect(256, 128);
+        ptx::tensor_load(0, map, {0, 0}, 256);
+        ptx::mbarrier_wait(256, 0);
+      }
+    };
+  };
+  run(32, 264, kernel(0), {input(x)});
+  check_error("needs mbarrier_init_fence", [&] { run(32, 264, kernel(1), {input(x)}); });
+}
+
 TEST(mbarrier_is_no_other_memory) {
   check_error("belongs to an mbarrier", [] {
     run(1, 8, [] {
@@ -279,6 +299,28 @@ TEST(arrival_releases_and_wait_acquires) {
     // A wait counts for the thread that waits, also among the lanes of a warp.
     check_error("nothing orders", [&] { run(64, 16, kernel(false, false), {}, seed); });
   }
+}
+
+TEST(arrival_covers_nothing_after_it) {
+  // Thread 0 arrives first, and its phase ends later.
+  const auto kernel = [](bool writes_late) {
+    return [=] {
+      make_mbarrier(0, 2);
+      if (thread() == 0) {
+        if (!writes_late) ptx::store_shared(8, 1);
+        ptx::mbarrier_arrive(0);
+        if (writes_late) ptx::store_shared(8, 1);
+      }
+      ptx::shuffle(0, 0);
+      if (thread() == 1) ptx::mbarrier_arrive(0);
+      if (thread() == 2) {
+        ptx::mbarrier_wait(0, 0);
+        ptx::load_shared<int>(8);
+      }
+    };
+  };
+  run(32, 16, kernel(false));
+  check_error("nothing orders", [&] { run(32, 16, kernel(true)); });
 }
 
 TEST(wait_does_not_acquire_the_current_phase) {
@@ -677,16 +719,21 @@ TEST(copies_that_overlap) {
 TEST(copy_that_nobody_waits_for) {
   const auto x = counted(64);
   const auto map = make_tensor_map<Float16, 2>(x.data(), {8, 8}, {16}, {8, 8}, Swizzle::kNone);
-  const auto kernel = [&](bool expects, bool loads) {
-    return [&, expects, loads] {
-      make_mbarrier(256, 2);
+  const auto kernel = [&](int arrivals, bool expects, bool loads, bool waits) {
+    return [&, arrivals, expects, loads, waits] {
+      make_mbarrier(256, arrivals);
       if (expects) ptx::mbarrier_arrive_expect(256, 128);
       if (loads) ptx::tensor_load(0, map, {0, 0}, 256);
+      if (waits) ptx::mbarrier_wait(256, 0);
     };
   };
-  run(1, 264, kernel(false, false), {input(x)});
-  for (const auto& [expects, loads] : {std::pair{true, true}, {true, false}, {false, true}}) {
-    check_error("nobody has waited", [&] { run(1, 264, kernel(expects, loads), {input(x)}); });
+  run(1, 264, kernel(1, false, false, false), {input(x)});
+  run(1, 264, kernel(1, true, true, true), {input(x)});
+  for (int arrivals : {1, 2}) {  // the phase ends, or not
+    for (const auto& [expects, loads] : {std::pair{true, true}, {true, false}, {false, true}}) {
+      check_error("nobody has waited",
+                  [&] { run(1, 264, kernel(arrivals, expects, loads, false), {input(x)}); });
+    }
   }
 }
 
@@ -1449,6 +1496,19 @@ TEST(products_that_are_not_committed_are_not_waited_for) {
   });
 }
 
+TEST(sums_that_a_later_group_goes_on_with) {
+  check_always("a wait that names sums which it does not wait for", [] {
+    write_operands_and_sync();
+    SmallSums x;
+    ptx::warpgroup_fence(x);
+    for (int i = 0; i < 2; ++i) {
+      start(x, i > 0);
+      ptx::warpgroup_commit();
+    }
+    ptx::warpgroup_wait<1>(x);
+  });
+}
+
 TEST(products_of_the_same_sums_follow_each_other) {
   run_always([] {
     write_operands_and_sync();
@@ -1557,6 +1617,20 @@ TEST(registers_that_change_before_the_wait) {
     a[3] = 1;
     ptx::warpgroup_wait<0>(x);
   });
+  // The wait is for the group before.
+  check_always("the registers of a have changed while", [] {
+    write_operands_and_sync();
+    SmallSums x = {}, y = {};
+    std::uint32_t a[4] = {};
+    ptx::warpgroup_fence(x, y, a);
+    start(x);
+    ptx::warpgroup_commit();
+    start_with(y, a);
+    ptx::warpgroup_commit();
+    ptx::warpgroup_wait<1>(x);
+    a[3] = 1;
+    ptx::warpgroup_wait<0>(y);
+  });
   // After the wait they may, and used again without a change they need no fence.
   run_always([] {
     write_operands_and_sync();
@@ -1569,7 +1643,13 @@ TEST(registers_that_change_before_the_wait) {
       ptx::warpgroup_commit();
       ptx::warpgroup_wait<0>(x);
     }
-    a[3] = 1;
+    for (std::uint32_t i = 0; i < 3; ++i) {
+      a[3] = i;
+      ptx::warpgroup_fence(x, a);
+      start_with(x, a);
+      ptx::warpgroup_commit();
+      ptx::warpgroup_wait<0>(x);
+    }
   });
 }
 
@@ -1676,6 +1756,47 @@ TEST(operand_that_is_written_before_the_wait) {
   run_always(kernel(true, true, 70));
   check_always("nothing orders this", kernel(false, true, 70));
   check_always("nothing orders this", kernel(false, false, 3));
+}
+
+TEST(operand_of_a_later_group_that_is_written) {
+  const auto kernel = [](std::uint32_t written) {
+    return [=] {
+      write_operands();
+      for (std::uint32_t i = 0; i < 4; ++i) ptx::store_shared(kB + 512 + 16 * thread() + 4 * i, 0);
+      ptx::fence_async_proxy();
+      ptx::sync_threads();
+      SmallSums x = {}, y = {};
+      ptx::warpgroup_fence(x, y);
+      start(x);
+      ptx::warpgroup_commit();
+      start(y, false, kA, kB + 512);
+      ptx::warpgroup_commit();
+      ptx::warpgroup_wait<1>(x);
+      if (thread() == 3) ptx::store_shared(written, 0);
+      ptx::warpgroup_wait<0>(y);
+    };
+  };
+  run_always(kernel(kB));
+  check_always("after the read by the products of warpgroup 0", kernel(kB + 512));
+}
+
+// What a warp writes after it has started the product is too late, whatever the others do then.
+TEST(operand_that_is_written_after_the_start) {
+  check_always("later than the first warp's start", [] {
+    write_operands_and_sync();
+    SmallSums x = {};
+    ptx::warpgroup_fence(x);
+    for (int warps = 0; warps < 2; ++warps) {
+      if ((thread() < 32) == (warps == 0)) start(x);
+      if (thread() == 0 && warps == 0) {
+        ptx::store_shared(kB, 0);
+        ptx::fence_async_proxy();
+      }
+      ptx::sync_threads();
+    }
+    ptx::warpgroup_commit();
+    ptx::warpgroup_wait<0>(x);
+  });
 }
 
 TEST(operand_that_is_loaded_before_the_wait) {
@@ -1790,6 +1911,15 @@ TEST(warps_that_do_not_execute_the_same) {
                  ptx::warpgroup_multiply<BFloat16, Major::kK, Major::kK>(
                      thread() == 17 ? y : x, ptx::matrix_descriptor(kA, 0, 256, Swizzle::k32),
                      ptx::matrix_descriptor(kB, 0, 256, Swizzle::k32), true);
+                 ptx::warpgroup_commit();
+                 ptx::warpgroup_wait<0>(x, y);
+               }));
+  check_always("or others than this one's", body([](SmallSums& x) {
+                 SmallSums y = {};
+                 ptx::warpgroup_fence(y);
+                 start(x);
+                 start(y);
+                 start(thread() == 17 ? y : x, true);
                  ptx::warpgroup_commit();
                  ptx::warpgroup_wait<0>(x, y);
                }));

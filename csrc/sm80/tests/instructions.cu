@@ -16,11 +16,13 @@ __global__ void use_every_instruction(const T* from, float* to, int* counter) {
   float sums[4] = {ptx::to_float(ptx::load_global(from)), 0, 0, 0};
   ptx::multiply_add<T>(sums, a.x, {b.x[0], b.x[1]});
   ptx::sync_warp();
+  ptx::atomic_or_shared(own, ptx::count_bits(ptx::bits_of(sums[2])));
   ptx::store_shared(own, ptx::pack<T>(sums[0], ptx::exp2_approx(sums[1])));
   ptx::sync_barrier(1, 64);
   ptx::arrive_barrier(2, 96);
   const bool is_odd = ptx::load_shared<std::uint32_t>(own ^ 16) & 1;
-  const float sum = ptx::shuffle_xor(ptx::shuffle(sums[2], 3), 1) + ptx::log2_approx(sums[3]);
+  const float sum = ptx::shuffle_xor(ptx::shuffle(sums[2], 3), 1) + ptx::log2_approx(sums[3]) +
+                    ptx::float_of(ptx::highest_bit(ptx::bits_of(sums[1])));
   ptx::store_global(
       to + ptx::atomic_add_global(counter, 1),
       sum + static_cast<float>(ptx::ballot(is_odd)) + static_cast<float>(ptx::warp_index()));

@@ -3,37 +3,36 @@
 On a CPU the same kernels run in a simulator (`SPARSE_ATTN_HOST_SIM=1`), for tests. They have never run on a GPU.
 """
 
-from sparse_attn_jax.implementations.cuda import library
+from sparse_attn_jax.implementations.cuda import library, planning
 from sparse_attn_jax.implementations.cuda.attention_backward import backward as backward
 from sparse_attn_jax.implementations.cuda.attention_forward import forward as forward
 from sparse_attn_jax.implementations.cuda.library import CUSTOM_CALL_TARGETS as CUSTOM_CALL_TARGETS
-from sparse_attn_jax.planning import default_tile_size
+from sparse_attn_jax.implementations.cuda.scoring import select_from_units as select_from_units
+from sparse_attn_jax.planning import TilePlan, default_tile_size
 from sparse_attn_jax.problem import Problem
 from sparse_attn_jax.scoring_problem import ScoringProblem
-
-NO_SELECTION = "there are no hand-written CUDA kernels for selection"
+from sparse_attn_jax.selection import BlockSelection
 
 # A thread block computes on so many rows: query tokens times the query heads of a KV head.
 ROWS = 64
 
 
-def tile_size(problem: Problem) -> int:
-    """Query tokens per tile for which the kernels are made. They take any other as well."""
+# Query heads of a KV head whose scores the selection kernel sums.
+MAX_SELECTION_GROUP = 64
+
+
+def build_plan(problem: Problem, selection: BlockSelection) -> TilePlan:
+    """The plan for which the kernels are made, without its inverse. They take any other as well."""
     tokens = max(1, ROWS // problem.group_size)
-    return default_tile_size(problem.q_block_size, problem.group_size, problem.q_len, ROWS, tokens)
+    sizes = dict(q_len=problem.q_len, kv_len=problem.kv_len)
+    heads = dict(num_q_heads=problem.num_q_heads, num_kv_heads=problem.num_kv_heads)
+    tile_size = default_tile_size(problem.q_block_size, problem.group_size, problem.q_len, ROWS, tokens)
+    return planning.build_plan(selection, **sizes, **heads, tile_size=tile_size, with_inverse=False)
 
 
 def supports(problem: Problem) -> tuple[str, ...]:
     """Reasons against running `problem`, forward and backward."""
-    reasons = []
-    on_simulator = problem.platform == "cpu" and library.is_simulated()
-    missing = library.missing("cpu" if on_simulator else "gpu")
-    if missing is not None:
-        reasons.append(f"no kernels: {missing}")
-    elif on_simulator or problem.platform == "gpu":
-        reasons += _reasons_of_variants(problem)
-    if not on_simulator and problem.platform != "gpu":
-        reasons.append(f"platform is {problem.platform!r}; supported: 'gpu', and 'cpu' with {library.HOST_SIM}=1")
+    reasons = _reasons_of_library(problem, ("dtype", "head_dim", "kv_block_size"))
     if problem.predicate is not None:
         reasons.append(f"the selection has a predicate, {problem.predicate}; supported: none")
     if problem.value_head_dim != problem.head_dim:
@@ -41,32 +40,37 @@ def supports(problem: Problem) -> tuple[str, ...]:
     return tuple(reasons)
 
 
-def _reasons_of_variants(problem: Problem) -> list[str]:
-    """Reasons that the compiled variants give."""
-    if not library.architectures(problem):
-        able = ", ".join(library.ARCHITECTURES)
-        if library.asked_for():
-            return [f"{library.ARCH} is {library.asked_for()!r}, whose kernels do not run here; supported: 'sm80', 'sm90'"]
-        return [f"compute capability is {problem.compute_capability}; supported: {able}"]
-    variants = library.variants_for(problem)
-    if not variants:
-        return ["no kernels were compiled for this device's compute capability; see SPARSE_ATTN_CUDA_ARCHITECTURES"]
-    reasons = []
-    for name, found, supported in (
-        ("dtype", problem.dtype, {v.dtype for v in variants}),
-        ("head_dim", problem.head_dim, {v.head_dim for v in variants}),
-        ("kv_block_size", problem.kv_block_size, {size for v in variants for size in v.kv_block_sizes}),
-    ):
-        if found not in supported:
-            reasons.append(f"{name} is {found}; supported: {', '.join(map(str, sorted(supported)))}")
-    if not reasons and not any(library.is_for(variant, problem) for variant in variants):
-        reasons.append(
-            f"no compiled variant has dtype {problem.dtype}, head_dim {problem.head_dim} and blocks of {problem.kv_block_size}"
-        )
-    return reasons
-
-
 def supports_scoring(problem: ScoringProblem) -> tuple[str, ...]:
     """Reasons against scoring and selecting blocks for `problem`."""
-    del problem
-    return (NO_SELECTION,)
+    reasons = _reasons_of_library(problem, ("dtype", "head_dim"))
+    if problem.unit_dtype != problem.dtype:
+        reasons.append(f"the compressed keys are {problem.unit_dtype}; supported: the dtype of query, which is {problem.dtype}")
+    if problem.group_reduction is not None and problem.group_size > MAX_SELECTION_GROUP:
+        reasons.append(f"the group size is {problem.group_size}; supported: at most {MAX_SELECTION_GROUP}")
+    return tuple(reasons)
+
+
+def _reasons_of_library(problem: Problem | ScoringProblem, fields: tuple[str, ...]) -> list[str]:
+    """Reasons that the device and the compiled variants give, which differ in `fields` of the problem."""
+    on_simulator = problem.platform == "cpu" and library.is_simulated()
+    missing = library.missing("cpu" if on_simulator else "gpu")
+    reasons = [] if missing is None else [f"no kernels: {missing}"]
+    if not on_simulator and problem.platform != "gpu":
+        reasons.append(f"platform is {problem.platform!r}; supported: 'gpu', and 'cpu' with {library.HOST_SIM}=1")
+    if reasons:
+        return reasons
+    if not library.architectures(problem):
+        if library.asked_for():
+            return [f"{library.ARCH} is {library.asked_for()!r}, whose kernels do not run here; supported: 'sm80', 'sm90'"]
+        return [f"compute capability is {problem.compute_capability}; supported: {', '.join(library.ARCHITECTURES)}"]
+    variants = library.variants_for(problem)
+    if not variants:
+        return ["no kernels were compiled for this compute capability; see SPARSE_ATTN_CUDA_ARCHITECTURES"]
+    for name in fields:
+        found, supported = getattr(problem, name), sorted({value for v in variants for value in library.values_of(v, name)})
+        if found not in supported:
+            reasons.append(f"{name} is {found}; supported: {', '.join(map(str, supported))}")
+    if not reasons and not any(library.is_for(variant, problem) for variant in variants):
+        sizes = ", ".join(f"{name} {getattr(problem, name)}" for name in fields)
+        reasons.append(f"no compiled variant has {sizes} together")
+    return reasons

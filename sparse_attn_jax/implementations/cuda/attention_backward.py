@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from sparse_attn_jax.implementations.cuda import library
 from sparse_attn_jax.implementations.cuda.arguments import AXES, attention_arguments, attention_attributes
 from sparse_attn_jax.implementations.cuda.custom_call import EntryPoint, Result
-from sparse_attn_jax.planning import TilePlan, add_inverse
+from sparse_attn_jax.implementations.cuda.planning import add_inverse
+from sparse_attn_jax.planning import TilePlan
 from sparse_attn_jax.problem import Operands, Problem, TokenMask
 from sparse_attn_jax.selection import num_blocks
 

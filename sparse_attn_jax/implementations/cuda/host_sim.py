@@ -29,7 +29,8 @@ def missing(path: str) -> str | None:
 
 
 def sources() -> list[Path]:
-    return sorted([*CSRC.glob("host_sim/*.cc"), CSRC / "ffi" / "handlers.cc", *CSRC.glob("*.cc"), *CSRC.glob("sm*/*.cu")])
+    handlers = [path for path in CSRC.glob("ffi/*.cc") if path.name != "module.cc"]
+    return sorted([*CSRC.glob("host_sim/*.cc"), *handlers, *CSRC.glob("*.cc"), *CSRC.glob("*/*.cu")])
 
 
 def build(flags: tuple[str, ...] = ()) -> Path:

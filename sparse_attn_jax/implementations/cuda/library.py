@@ -16,14 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jaxlib.version
 import numpy as np
 
 from sparse_attn_jax.implementations.cuda import host_sim
 from sparse_attn_jax.problem import Problem
+from sparse_attn_jax.scoring_problem import ScoringProblem
 
 ATTENTION_FORWARD = "sparse_attn_attention_forward"
 ATTENTION_BACKWARD = "sparse_attn_attention_backward"
-CUSTOM_CALL_TARGETS = (ATTENTION_FORWARD, ATTENTION_BACKWARD)
+SELECT_BLOCKS = "sparse_attn_select_blocks"
+PLAN_UNIONS = "sparse_attn_plan_unions"
+PLAN_INVERSE = "sparse_attn_plan_inverse"
+CUSTOM_CALL_TARGETS = (ATTENTION_FORWARD, ATTENTION_BACKWARD, SELECT_BLOCKS, PLAN_UNIONS, PLAN_INVERSE)
 
 # Environment variables.
 HOST_SIM = "SPARSE_ATTN_HOST_SIM"  # "1", or the path of a compiled simulator
@@ -31,6 +36,10 @@ ARCH = "SPARSE_ATTN_CUDA_ARCH"  # "sm80" or "sm90": kernels of that folder, inst
 SEED = "SPARSE_ATTN_HOST_SIM_SEED"  # the order in which a simulated grid runs
 
 MODULE = "sparse_attn_jax.implementations.cuda._kernels"
+
+INSTALL_AGAIN = (
+    "They were compiled for another Python, or against a newer jaxlib: `SPARSE_ATTN_CUDA=ON pip install` compiles them anew"
+)
 
 # The kernels that run on a compute capability, the fastest first.
 ARCHITECTURES = {"8.0": (80,), "9.0": (90, 80)}
@@ -53,8 +62,8 @@ def missing(platform: str) -> str | None:
         return host_sim.missing(os.environ[HOST_SIM])
     if importlib.util.find_spec(MODULE) is None:
         return (
-            "this install has no CUDA kernels, because it found no nvcc; `pip install 'sparse_attn_jax[cuda-build]'` brings "
-            "one, and SPARSE_ATTN_CUDA=ON makes the install say what is missing"
+            "this install has no CUDA kernels, because it found no nvcc; `SPARSE_ATTN_CUDA=ON pip install` brings one, or says "
+            "what is missing"
         )
     return None
 
@@ -78,21 +87,28 @@ def _load_simulator(path: str) -> tuple[Variant, ...]:
 
 @functools.cache
 def _load_module() -> tuple[Variant, ...]:
-    module = importlib.import_module(MODULE)
+    try:
+        module = importlib.import_module(MODULE)
+    except ImportError as error:
+        raise ImportError(f"the CUDA kernels of this install do not load: {error}. {INSTALL_AGAIN}") from error
     _register(module.registrations(), "CUDA")
     return _read_variants(module.variants())
 
 
 def _register(capsules: Mapping[str, Any], platform: str) -> None:
-    for target in CUSTOM_CALL_TARGETS:
-        jax.ffi.register_ffi_target(target, capsules[target], platform=platform)
+    try:
+        for target in CUSTOM_CALL_TARGETS:
+            jax.ffi.register_ffi_target(target, capsules[target], platform=platform)
+    except Exception as error:
+        text = f"jaxlib {jaxlib.version.__version__} does not take the CUDA kernels of this install: {error}. {INSTALL_AGAIN}"
+        raise RuntimeError(text) from error
 
 
 def _read_variants(text: str) -> tuple[Variant, ...]:
     return tuple(Variant(**entry | dict(kv_block_sizes=tuple(entry["kv_block_sizes"]))) for entry in json.loads(text))
 
 
-def architectures(problem: Problem) -> tuple[int, ...]:
+def architectures(problem: Problem | ScoringProblem) -> tuple[int, ...]:
     """The kernels that may run on the problem's device, the fastest first."""
     able = ARCHITECTURES["9.0"] if problem.platform == "cpu" else ARCHITECTURES.get(problem.compute_capability, ())
     return tuple(arch for arch in able if asked_for() in ("", f"sm{arch}"))
@@ -103,18 +119,34 @@ def asked_for() -> str:
     return os.environ.get(ARCH, "")
 
 
-def variants_for(problem: Problem) -> list[Variant]:
-    """The compiled attention kernels that run on the problem's device, the fastest first."""
+def variants_for(problem: Problem | ScoringProblem) -> list[Variant]:
+    """The compiled kernels for this kind of problem that run on its device, the fastest first."""
+    kernel = "attention" if isinstance(problem, Problem) else "selection"
     variants = load(problem.platform)
-    return [v for arch in architectures(problem) for v in variants if v.kernel == "attention" and v.arch == arch]
+    return [v for arch in architectures(problem) for v in variants if v.kernel == kernel and v.arch == arch]
 
 
-def is_for(variant: Variant, problem: Problem) -> bool:
+def values_of(variant: Variant, field: str) -> tuple:
+    """The values that a variant takes for a field of a problem."""
+    return variant.kv_block_sizes if field == "kv_block_size" else (getattr(variant, field),)
+
+
+def is_for(variant: Variant, problem: Problem | ScoringProblem) -> bool:
     sizes = (variant.dtype, variant.head_dim) == (problem.dtype, problem.head_dim)
-    return sizes and problem.kv_block_size in variant.kv_block_sizes
+    return sizes and (isinstance(problem, ScoringProblem) or problem.kv_block_size in variant.kv_block_sizes)
 
 
-def call_attributes(problem: Problem) -> dict[str, Any]:
+def call_attributes(problem: Problem | ScoringProblem) -> dict[str, Any]:
     """The attributes that choose a compiled variant."""
     arch = next(variant.arch for variant in variants_for(problem) if is_for(variant, problem))
-    return dict(arch=np.int32(arch), seed=np.int64(os.environ.get(SEED, 0)))
+    return dict(arch=np.int32(arch), seed=seed())
+
+
+def seed() -> np.int64:
+    """The order in which a simulated grid runs."""
+    return np.int64(os.environ.get(SEED, 0))
+
+
+def register() -> None:
+    """Registers the custom calls, once per process, where a problem has no platform: for the simulator if it is asked for."""
+    load("cpu" if is_simulated() else "gpu")

@@ -1,16 +1,20 @@
 """The portable implementation: pure XLA, any platform."""
 
+from sparse_attn_jax import planning
 from sparse_attn_jax.implementations.xla.attention_backward import backward as backward
 from sparse_attn_jax.implementations.xla.attention_forward import forward as forward
 from sparse_attn_jax.implementations.xla.scoring import select_from_units as select_from_units
-from sparse_attn_jax.planning import default_tile_size
+from sparse_attn_jax.planning import TilePlan
 from sparse_attn_jax.problem import Problem
 from sparse_attn_jax.scoring_problem import ScoringProblem
+from sparse_attn_jax.selection import BlockSelection
 
 
-def tile_size(problem: Problem) -> int:
-    """Query tokens per tile."""
-    return default_tile_size(problem.q_block_size, problem.group_size, problem.q_len)
+def build_plan(problem: Problem, selection: BlockSelection) -> TilePlan:
+    """The plan that the loops walk. They have no use for the inverse."""
+    sizes = dict(q_len=problem.q_len, kv_len=problem.kv_len)
+    heads = dict(num_q_heads=problem.num_q_heads, num_kv_heads=problem.num_kv_heads)
+    return planning.build_plan(selection, **sizes, **heads, with_inverse=False)
 
 
 def supports(problem: Problem) -> tuple[str, ...]:

@@ -1,0 +1,159 @@
+"""Everything that needs an NVIDIA GPU, in stages that can be run alone. Needs no network.
+
+    python -m benchmarks.gpu_suite --out=gpu_results
+    python -m benchmarks.gpu_suite --out=gpu_results --stage=build,conformance
+
+Stages:
+
+  build        compiles the CUDA kernels for this GPU, beside the package. Needs nvcc, CMake, Ninja and pybind11.
+  conformance  the tests of the kernels, which elsewhere run in a simulator, on the GPU.
+  sanitizer    two of them under compute-sanitizer: accesses out of bounds, races, barriers, memory that nobody wrote.
+  benchmarks   times the kernels beside dense attention, after checking them.
+
+Each stage writes its output to OUT/STAGE.log. OUT/summary.json says how each went, also of stages run before. The exit status
+is 1 if one of them failed now.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from absl import app, flags
+
+from tools.find_nvcc import candidates
+
+ROOT = Path(__file__).absolute().parent.parent
+BUILD = ROOT / "build" / "gpu"
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("out", None, "Folder of the logs and the summary.", required=True)
+flags.DEFINE_list("stage", [], "Stages to run; all if empty.")
+flags.DEFINE_integer("time_limit", 480, "Seconds after which a stage is ended.", lower_bound=1)
+
+Command = Sequence[str | Path]
+
+
+def build_commands(out: Path) -> list[Command]:
+    capability = compute_capability()
+    architecture = {"9.0": "90a"}.get(capability, capability.replace(".", ""))
+    configure = ["cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
+    return [
+        [*configure, "-DSPARSE_ATTN_CUDA=ON", f"-DSPARSE_ATTN_CUDA_ARCHITECTURES={architecture}"],
+        ["cmake", "--build", BUILD],
+        ["cmake", "--install", BUILD, "--prefix", ROOT],
+    ]
+
+
+def compute_capability() -> str:
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+
+
+# Without a GPU, JAX goes on with a CPU.
+ON_A_GPU = [sys.executable, "-c", "import jax; assert jax.default_backend() == 'gpu', jax.devices()"]
+
+# Tests of the simulator, and those that need several devices.
+NOT_ON_A_GPU = "not shard and not simulator and not export and not library and not order_of_blocks"
+
+
+def pytest_command(*arguments: str | Path) -> Command:
+    return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+
+
+def conformance_commands(out: Path) -> list[Command]:
+    files = ["tests/test_ffi_handlers.py", "tests/test_cuda_on_cpu.py"]
+    workers = ["-n", "8"] if importable("xdist") else []
+    return [ON_A_GPU, pytest_command(*files, *workers, "-k", NOT_ON_A_GPU, f"--junitxml={out / 'conformance.xml'}")]
+
+
+def sanitizer_commands(out: Path) -> list[Command]:
+    sanitizer = next(candidates("compute-sanitizer"), "compute-sanitizer")
+    test = pytest_command("tests/test_cuda_on_cpu.py", "-k", "matches_oracle and (everything or group2_bf16)")
+    tools = ("memcheck", "racecheck", "synccheck", "initcheck")
+    sanitize = [sanitizer, "--error-exitcode", "3", "--target-processes", "all"]
+    return [ON_A_GPU, *([*sanitize, "--tool", tool, *test] for tool in tools)]
+
+
+def benchmark_commands(out: Path) -> list[Command]:
+    sizes = ["--q_len=8192,16384,32768", "--num_q_heads=32", "--num_kv_heads=2", "--head_dim=128", "--dtype=bfloat16"]
+    lists = ["--num_slots=64", "--num_local_blocks=32", "--implementations=cuda", "--baselines=dense-cudnn"]
+    run = [sys.executable, "-m", "benchmarks.run", *sizes, *lists, "--time_limit=30"]
+    return [ON_A_GPU, [*run, f"--json={out / 'benchmarks.json'}"]]
+
+
+STAGES: dict[str, Callable[[Path], list[Command]]] = dict(
+    build=build_commands, conformance=conformance_commands, sanitizer=sanitizer_commands, benchmarks=benchmark_commands
+)
+
+# For tests, each array is an allocation: an access beyond it is seen, and processes share the GPU.
+ENVIRONMENT = dict(JAX_PLATFORMS="cuda,cpu")
+OF_TESTS = dict(XLA_PYTHON_CLIENT_ALLOCATOR="platform", XLA_PYTHON_CLIENT_PREALLOCATE="false")
+
+
+def importable(module: str) -> bool:
+    return subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True).returncode == 0
+
+
+def run_stage(commands: list[Command], environment: dict[str, str], log: Path, time_limit: float) -> str:
+    """Runs commands one after the other, into the log, and says how it went: "passed", or what happened."""
+    deadline = time.monotonic() + time_limit
+    with open(log, "w") as output:
+        for command in commands:
+            text = " ".join(map(str, command))
+            print(f"$ {text}", file=output, flush=True)
+            options = dict(cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+            process = subprocess.Popen([*map(str, command)], env=os.environ | environment, **options)
+            try:
+                status = process.wait(timeout=max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                return f"ended after {time_limit:g} s: {text}"
+            if status != 0:
+                return f"exit status {status}: {text}"
+    return "passed"
+
+
+def run_one(stage: str, out: Path) -> dict:
+    start = time.monotonic()
+    try:
+        environment = ENVIRONMENT | (OF_TESTS if stage in ("conformance", "sanitizer") else {})
+        found = run_stage(STAGES[stage](out), environment, out / f"{stage}.log", FLAGS.time_limit)
+    except (OSError, subprocess.CalledProcessError) as error:  # a program that is not there, or says no
+        found = str(error)
+    return dict(result=found, seconds=round(time.monotonic() - start, 1), device=device_name())
+
+
+def device_name() -> str | None:
+    if shutil.which("nvidia-smi") is None:
+        return None
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True).stdout.strip() or None
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    if unknown := sorted(set(FLAGS.stage) - set(STAGES)):
+        raise app.UsageError(f"--stage has {unknown}; known are {', '.join(STAGES)}.")
+    out = Path(FLAGS.out).absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    summary = out / "summary.json"
+    results = json.loads(summary.read_text()) if summary.exists() else {}
+    stages = FLAGS.stage or list(STAGES)
+    for stage in stages:
+        print(f"{stage} ...", flush=True)
+        results[stage] = run_one(stage, out)
+        print(f"{stage}: {results[stage]['result']} ({results[stage]['seconds']} s)", flush=True)
+        summary.write_text(json.dumps(results, indent=2) + "\n")
+    return int(any(results[stage]["result"] != "passed" for stage in stages))
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,272 @@
+// Block-sparse flash attention, forward, for compute capability 9.0.
+//
+// A CTA has a warpgroup of consumers, which computes on a slice of 64 rows of a query tile, and one
+// producer warp, which walks the tile's list and copies keys and values (keys.cuh). It stays for
+// several slices: while consumers finish one, the producer copies what the next one needs.
+//
+// The softmax of a chunk is computed while the tensor cores multiply the probabilities of the chunk
+// before by its values.
+#pragma once
+
+#include "common/tile.cuh"
+#include "params.h"
+#include "sm90/keys.cuh"
+#include "sm90/matrix.cuh"
+
+namespace sparse_attn::sm90 {
+
+struct AttentionForwardArguments {
+  AttentionForwardParams params;
+  TensorMap query, key, value;
+};
+
+template <class T_, int kHeadDim_, int kBlockSize, int kKeys_, int kStages, int kBlocks_>
+struct ForwardConfig {
+  using T = T_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kKeys = kKeys_;      // of a chunk
+  static constexpr int kBlocks = kBlocks_;  // of a multiprocessor
+  static constexpr int kThreads = 2 * kWarpgroup;
+  static constexpr int kRows = kProductRows;
+  // Of a thread, where those of a multiprocessor do not suffice for as many as a thread may have.
+  static constexpr bool kMovesRegisters = kBlocks > 1;
+  static constexpr int kProducerRegisters = 72;
+  static constexpr int kConsumerRegisters = 65536 / (kBlocks * kWarpgroup) - kProducerRegisters;
+  using Query = Matrix<kRows, kHeadDim>;
+  using QueryRing = Ring<1, Query::kBytes, kWarpgroup / 32>;
+  using Stream = KeyStream<kHeadDim, kBlockSize, kKeys, kStages>;
+  static constexpr int kSharedBytes = Query::kBytes + Stream::kBytes + QueryRing::kBarrierBytes;
+  static_assert(kSharedBytes <= shared_bytes_of(kBlocks));
+};
+
+// The slices that a CTA computes on, later ones first, as they see more keys. All slices of a head
+// follow each other, because they share keys. In every other round the CTAs go in reverse, so that
+// none always has the longest one.
+class Slices {
+ public:
+  __device__ explicit Slices(const AttentionInputs& in, int rows)
+      : in_(in),
+        rows_(rows),
+        slices_(in.plan.num_tiles * Tile::slices_per_tile(in.shape, in.plan, rows)),
+        count_(static_cast<std::int64_t>(in.shape.batch) * in.shape.num_kv_heads * slices_) {}
+
+  template <class Compute>
+  __device__ void for_each(Compute compute) const {
+    bool is_reversed = false;
+    for (std::int64_t first = 0; first < count_; first += gridDim.x, is_reversed = !is_reversed) {
+      const std::int64_t i = first + (is_reversed ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+      if (i >= count_) continue;
+      const int pair = static_cast<int>(i / slices_), slice = static_cast<int>(i % slices_);
+      const Tile tile(in_.shape, in_.plan, rows_, pair / in_.shape.num_kv_heads,
+                      pair % in_.shape.num_kv_heads, slices_ - 1 - slice);
+      if (tile.num_rows > 0) compute(tile);
+    }
+  }
+
+ private:
+  const AttentionInputs& in_;
+  int rows_, slices_;
+  std::int64_t count_;
+};
+
+// The running softmax of the two rows that a thread shares with three others.
+struct Softmax {
+  float maximum[2] = {-INFINITY, -INFINITY};  // of the logits in base 2
+  float sum[2] = {0, 0};                      // of this thread's columns only
+
+  // scores: times `unit`, which is positive, logits in base 2; -inf where hidden. They become
+  // probabilities. `factors` are those of what was summed so far.
+  template <int kColumns>
+  __device__ __forceinline__ void update(float (&scores)[kColumns][4], float unit,
+                                         float (&factors)[2]) {
+    SPARSE_ATTN_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      float largest = -INFINITY;
+      SPARSE_ATTN_UNROLL
+      for (auto& column : scores)
+        largest = fmaxf(largest, fmaxf(column[2 * half], column[2 * half + 1]));
+      largest = fmaxf(largest, ptx::shuffle_xor(largest, 1));
+      largest = fmaxf(maximum[half], fmaxf(largest, ptx::shuffle_xor(largest, 2)) * unit);
+      const float shift = largest == -INFINITY ? 0 : largest;
+      factors[half] = ptx::exp2_approx(maximum[half] - shift);
+      maximum[half] = largest;
+      sum[half] *= factors[half];
+      SPARSE_ATTN_UNROLL
+      for (auto& column : scores) {
+        column[2 * half] = ptx::exp2_approx(column[2 * half] * unit - shift);
+        column[2 * half + 1] = ptx::exp2_approx(column[2 * half + 1] * unit - shift);
+        sum[half] += column[2 * half] + column[2 * half + 1];
+      }
+    }
+  }
+};
+
+// What becomes of products before the softmax: nothing, if one factor turns them into logits in
+// base 2; else these logits, but for the bias.
+struct Scores {
+  const AttentionInputs& in;
+  bool is_product;
+
+  __device__ explicit Scores(const AttentionInputs& in)
+      : in(in), is_product(in.logits_soft_cap == 0 && in.key_bias == nullptr && in.scale > 0) {}
+
+  __device__ float unit() const { return is_product ? in.scale * kLog2E : 1; }
+
+  template <int kColumns>
+  __device__ __forceinline__ void convert(float (&scores)[kColumns][4]) const {
+    if (is_product) return;
+    SPARSE_ATTN_UNROLL
+    for (auto& column : scores) {
+      SPARSE_ATTN_UNROLL
+      for (float& score : column) score = logit(in, score, 0).base2;
+    }
+  }
+};
+
+// What the consumers do with a slice, from `step` on, where its chunks start. Returns the step
+// after the one that ends them.
+template <class Config>
+__device__ __forceinline__ int attend_to_slice(const AttentionForwardParams& p, const Tile& tile,
+                                               const typename Config::Stream& stream,
+                                               const typename Config::QueryRing& query_ring,
+                                               int query_step, int step) {
+  using T = typename Config::T;
+  using Query = typename Config::Query;
+  using Chunk = typename Config::Stream::Chunk;
+  constexpr int kHeadDim = Config::kHeadDim, kKeys = Config::kKeys;
+  const AttentionInputs& in = p.in;
+  const ConsumerRows rows(in, tile);
+  const std::uint32_t query = query_ring.stage(query_step);
+  Sums<kHeadDim> out = {};
+  Sums<kKeys> scores;
+  Factors<kKeys> probs;
+  Softmax softmax;
+  const Scores conversion(in);
+
+  // Masks the scores of a chunk, whose products have been waited for, and releases its keys.
+  const auto mask = [&](ChunkKind kind) {
+    conversion.convert(scores);
+    if (kind != ChunkKind::kPlain) {
+      const std::uint32_t seen = visit_scores(
+          in, tile, stream, step, rows, [&](int column, int place, bool is_visible, float bias) {
+            float& score = scores[column][place];
+            score = is_visible ? score + bias * kLog2E : -INFINITY;
+            return score != -INFINITY;
+          });
+      if (kind == ChunkKind::kEdge) {
+        stream.wait_values(step);
+        stream.zero_unseen(stream.values(step), seen, 1);
+      }
+    }
+    stream.release_keys(step);
+  };
+
+  const auto multiply_keys = [&] {
+    multiply_transposed<T, Query, Chunk>(scores, query, 0, stream.keys(step));
+    ptx::warpgroup_commit();
+  };
+  const auto multiply_values = [&] {
+    multiply_factors<T, Chunk>(out, probs, stream.values(step - 1));
+    ptx::warpgroup_commit();
+  };
+
+  query_ring.wait_full(query_step);
+  ChunkKind kind = stream.wait_keys(step);
+  if (kind != ChunkKind::kEnd) {
+    const int first_step = step;
+    ptx::warpgroup_fence(scores);
+    multiply_keys();
+    ptx::warpgroup_wait<0>(scores);
+    while (true) {
+      mask(kind);
+      float factors[2];
+      softmax.update(scores, conversion.unit(), factors);
+      ptx::warpgroup_wait<0>(out);
+      if (step > first_step) stream.release_values(step - 1);
+      SPARSE_ATTN_UNROLL
+      for (auto& column : out) {
+        SPARSE_ATTN_UNROLL
+        for (int place = 0; place < 4; ++place) column[place] *= factors[place / 2];
+      }
+      round_to_factors<T, kKeys>(probs, scores);
+
+      ++step;
+      kind = stream.wait_keys(step);
+      stream.wait_values(step - 1);  // they came before the keys
+      if (kind == ChunkKind::kEnd) break;
+      // Two groups of products, so that the scores are there first.
+      ptx::warpgroup_fence(scores, out, probs);
+      multiply_keys();
+      multiply_values();
+      ptx::warpgroup_wait<1>(scores);
+    }
+    ptx::warpgroup_fence(out, probs);
+    multiply_values();
+    ptx::warpgroup_wait<0>(out);
+    stream.release_values(step - 1);
+  }
+  query_ring.release(query_step);
+  stream.release_keys(step);
+  stream.wait_values(step);
+  stream.release_values(step);
+
+  SPARSE_ATTN_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    float sum = softmax.sum[half];
+    sum += ptx::shuffle_xor(sum, 1);
+    sum += ptx::shuffle_xor(sum, 2);
+    if (!rows.masks[half].is_row) continue;
+    const float factor = sum == 0 ? 0 : 1 / sum;
+    const std::int64_t offset = tile.row_offset(in.shape, rows.rows[half]);
+    store_row<T, kHeadDim>(p.out, offset, out, half, factor);
+    if (ptx::lane_index() % 4 == 0) {
+      const float lse = (softmax.maximum[half] + ptx::log2_approx(sum)) * kLn2;
+      ptx::store_global(p.lse + offset, sum == 0 ? -INFINITY : lse);
+    }
+  }
+  return step + 1;
+}
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
+    attention_forward(const __grid_constant__ AttentionForwardArguments arguments) {
+  using Query = typename Config::Query;
+  const AttentionInputs& in = arguments.params.in;
+  const int thread = static_cast<int>(threadIdx.x);
+  const std::uint32_t query = ptx::shared_base();
+  const typename Config::Stream stream(query + Query::kBytes);
+  const typename Config::QueryRing query_ring(query,
+                                              query + Query::kBytes + Config::Stream::kBytes);
+  if (thread == 0) {
+    stream.init();
+    query_ring.init();
+    ptx::mbarrier_init_fence();
+  }
+  ptx::sync_threads();
+
+  const Slices slices(in, Config::kRows);
+  int slice = 0, step = 0;
+  if (thread >= kWarpgroup) {
+    // A tile may have fewer rows: whatever lies in the others, nothing is stored for them.
+    const int query_bytes = SliceBox(in.shape, in.plan).rows() * 2 * Config::kHeadDim;
+    if constexpr (Config::kMovesRegisters) ptx::release_registers<Config::kProducerRegisters>();
+    if (ptx::warp_index() != kWarpgroup / 32) return;
+    slices.for_each([&](const Tile& tile) {
+      if (ptx::lane_index() == 0) {
+        query_ring.wait_empty(slice);
+        ptx::mbarrier_arrive_expect(query_ring.full(slice), query_bytes);
+        load_slice<Query>(query_ring.stage(slice), arguments.query, tile, query_ring.full(slice));
+      }
+      step = stream.produce(in, tile, arguments.key, arguments.value, step);
+      ++slice;
+    });
+  } else {
+    if constexpr (Config::kMovesRegisters) ptx::take_registers<Config::kConsumerRegisters>();
+    slices.for_each([&](const Tile& tile) {
+      step = attend_to_slice<Config>(arguments.params, tile, stream, query_ring, slice, step);
+      ++slice;
+    });
+  }
+}
+
+}  // namespace sparse_attn::sm90

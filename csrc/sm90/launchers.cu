@@ -1,0 +1,136 @@
+// The variants of compute capability 9.0 that are compiled.
+#include <algorithm>
+#include <array>
+#include <exception>
+
+#include "common/launch.cuh"
+#include "common/partials.cuh"
+#include "sm90/attention_backward.cuh"
+#include "sm90/attention_forward.cuh"
+
+namespace sparse_attn::sm90 {
+namespace {
+
+// Whether the rows of a slice are a box of the query array, which a tensor copy can bring: all rows
+// of a tile, some whole tokens, or a part of one token's heads; and whether there is anything to
+// copy. The kernels of compute capability 8.0 compute the rest.
+bool is_regular(const AttentionInputs& in) {
+  const AttentionShape& shape = in.shape;
+  if (shape.q_len == 0 || shape.kv_len == 0 || shape.key_batch == 0) return false;
+  const std::int64_t group_size = shape.num_q_heads / shape.num_kv_heads;
+  if (group_size * in.plan.tile_size <= kProductRows || group_size % kProductRows == 0) return true;
+  return kProductRows % group_size == 0 && in.plan.tile_size % (kProductRows / group_size) == 0;
+}
+
+const AttentionVariant& of_sm80(VariantKey key) {
+  key.arch = 80;
+  const auto all = sm80::attention_variants();
+  return *std::find_if(all.begin(), all.end(),
+                       [&](const AttentionVariant& variant) { return variant.key == key; });
+}
+
+std::int64_t num_kv_blocks(const AttentionShape& shape) {
+  return (std::int64_t{shape.kv_len} + shape.kv_block_size - 1) / shape.kv_block_size;
+}
+
+// As many blocks as run at the same time, or fewer if there are fewer slices.
+template <class Config>
+Grid grid_of_slices(const AttentionInputs& in) {
+  const std::int64_t slices = Tile::slices_per_tile(in.shape, in.plan, Config::kRows),
+                     all = in.plan.num_tiles * slices * in.shape.num_kv_heads * in.shape.batch;
+  return {std::min<std::int64_t>(all, num_multiprocessors() * Config::kBlocks), 1, 1};
+}
+
+template <class T>
+constexpr Dtype kDtype = std::is_same_v<T, ptx::BFloat16> ? Dtype::kBFloat16 : Dtype::kFloat16;
+
+template <class T, int kHeadDim, int kBlockSize>
+struct Variant {
+  static constexpr VariantKey kKey = {90, kDtype<T>, kHeadDim, kBlockSize};
+
+  // What registers and shared memory hold.
+  static constexpr int kStages = kHeadDim >= 128 ? 3 : 4, kBlocks = kHeadDim > 128 ? 1 : 2;
+  using Forward = ForwardConfig<T, kHeadDim, kBlockSize, 64, kStages, kBlocks>;
+
+  static Status forward(const AttentionForwardParams& params, const LaunchContext& context) {
+    const AttentionInputs& in = params.in;
+    if (!is_regular(in)) return of_sm80(kKey).forward(params, context);
+    try {
+      const AttentionForwardArguments arguments = {
+          .params = params,
+          .query = map_of_rows<T, kHeadDim>(in.query, in.shape, SliceBox(in.shape, in.plan)),
+          .key = map_of_keys<T, kHeadDim>(in.key, in.shape, Forward::Stream::kPieceKeys),
+          .value = map_of_keys<T, kHeadDim>(in.value, in.shape, Forward::Stream::kPieceKeys)};
+      return launch<Forward>(&attention_forward<Forward>, grid_of_slices<Forward>(in), arguments,
+                             context);
+    } catch (const std::exception& error) {
+      return error.what();
+    }
+  }
+
+  static constexpr int kQueryStages = kHeadDim >= 128 ? 2 : kHeadDim > 64 ? 3 : 4;
+  using OfQuery = QueryGradientConfig<T, kHeadDim, kBlockSize, 64, kQueryStages, kBlocks>;
+  using OfKey = KeyGradientConfig<T, kHeadDim, std::min(kBlockSize, kProductRows)>;
+  using OfParts = SumPartialsConfig<T, kHeadDim>;
+
+  static Status backward(const AttentionBackwardParams& params, const LaunchContext& context) {
+    const AttentionInputs& in = params.in;
+    if (!is_regular(in)) return of_sm80(kKey).backward(params, context);
+    const auto arguments_of = [&](const SliceBox& rows, int keys) -> AttentionBackwardArguments {
+      return {.params = params,
+              .query = map_of_rows<T, kHeadDim>(in.query, in.shape, rows),
+              .d_out = map_of_rows<T, kHeadDim>(params.d_out, in.shape, rows),
+              .key = map_of_keys<T, kHeadDim>(in.key, in.shape, keys),
+              .value = map_of_keys<T, kHeadDim>(in.value, in.shape, keys)};
+    };
+    const auto grid_of = [&](std::int64_t x) -> Grid {
+      return {x, in.shape.num_kv_heads, in.shape.batch};
+    };
+    const std::int64_t blocks = num_kv_blocks(in.shape), partials = params.inverse.num_partials;
+    try {
+      Status status = launch<OfQuery>(
+          &query_gradient<OfQuery>, grid_of_slices<OfQuery>(in),
+          arguments_of(SliceBox(in.shape, in.plan), OfQuery::Stream::kPieceKeys), context);
+      if (status) return status;
+      // Blocks with several parts have at most as many as there is room for their sums.
+      const std::int64_t chunks = (blocks + partials) * (kBlockSize / OfKey::kKeys);
+      status = launch<OfKey>(&key_gradient<OfKey>, grid_of(chunks),
+                             arguments_of(StripBox(in.shape, in.plan), OfKey::kKeys), context);
+      if (status || partials == 0) return status;
+      return launch<OfParts>(&sum_partials<OfParts>, grid_of(blocks), params, context);
+    } catch (const std::exception& error) {
+      return error.what();
+    }
+  }
+};
+
+template <class T, int kHeadDim, int... kBlockSizes>
+void add(std::vector<AttentionVariant>& to) {
+  const auto add_one = [&]<int kBlockSize>() {
+    using V = Variant<T, kHeadDim, kBlockSize>;
+    to.push_back({V::kKey, V::forward, V::backward});
+  };
+  (add_one.template operator()<kBlockSizes>(), ...);
+}
+
+template <class T>
+void add_dtype(std::vector<AttentionVariant>& to) {
+  add<T, 64, 16, 32, 64, 128>(to);
+  add<T, 96, 16, 32, 64, 128>(to);
+  add<T, 128, 16, 32, 64, 128>(to);
+  add<T, 256, 16, 32, 64, 128>(to);
+}
+
+}  // namespace
+
+std::span<const AttentionVariant> attention_variants() {
+  static const std::vector<AttentionVariant> all = [] {
+    std::vector<AttentionVariant> made;
+    add_dtype<ptx::BFloat16>(made);
+    add_dtype<ptx::Float16>(made);
+    return made;
+  }();
+  return all;
+}
+
+}  // namespace sparse_attn::sm90
