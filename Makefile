@@ -15,12 +15,13 @@ bin := $(VENV)/bin
 ready := $(VENV)/.ready
 cpp := $(shell find csrc -name '*.h' -o -name '*.cc' -o -name '*.cuh' -o -name '*.cu')
 
-.PHONY: help setup cuda kernel-table demo test lint format bench bazel-test clean
+.PHONY: help setup cuda kernel-table demo test mutants lint format bench bazel-test clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo        train a small language model, sparse and dense, and write figures to demo_out/"
 	@echo "make test        run the tests"
+	@echo "make mutants     break the CUDA kernels, one change at a time, and see whether tests notice; takes hours"
 	@echo "make lint        check style and format; 'make format' repairs them"
 	@echo "make bench       time attention side by side with the baselines"
 	@echo "make cuda        compile the CUDA kernels beside the package; needs g++, and no GPU"
@@ -56,6 +57,9 @@ demo: $(ready)
 
 test: $(ready)
 	$(bin)/python -m pytest -q -n $(JOBS) $(ARGS)
+
+mutants: $(ready)
+	nice $(bin)/python -m tools.mutants --jobs $(JOBS) $(ARGS)
 
 lint: $(ready)
 	$(bin)/ruff check $(ARGS) .

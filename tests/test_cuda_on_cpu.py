@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import hypothesis
 import hypothesis.strategies as st
@@ -13,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import sparse_attn_jax as sa
 from sparse_attn_jax.implementations.cuda import attention_backward, attention_forward, library
+from sparse_attn_jax.implementations.cuda.attention_backward import Parts
 from sparse_attn_jax.testing import compare
 from sparse_attn_jax.testing.cases import CASES, Case, case_named
 from sparse_attn_jax.testing.inputs import Inputs, make_inputs
@@ -99,25 +101,20 @@ def test_order_of_blocks_and_threads_changes_nothing(name, monkeypatch):
         assert_same(results_of(inputs), expected)
 
 
-@each_arch
-@pytest.mark.parametrize("bad_id", [-(2**31), -5, 6, 2**28, 2**31 - 1])
-def test_plan_that_names_blocks_that_do_not_exist(bad_id):
-    """2**28 blocks of 16 keys are 2**32 keys, which is 0 in 32 bits."""
-    inputs = small_case("group2_bf16")
-    plan = make_plan(inputs)
-    assert plan.kv_len == 6 * plan.kv_block_size
-    expected = results_of(inputs, plan)
-    # The list of each tile is longer by one slot, and counts say that all are used.
+def with_blocks_that_do_not_exist(plan: sa.TilePlan, bad_id: int) -> sa.TilePlan:
+    """The plan with `bad_id` wherever it has no block, tile or slot, and in places that it has not."""
     extend = functools.partial(np.pad, mode="constant")
+    # The list of each tile is longer by one slot, and counts say that all are used.
     blocks = extend(plan.blocks, [(0, 0)] * 3 + [(0, 1)], constant_values=bad_id)
     membership = extend(plan.membership, [(0, 0)] * 3 + [(0, 1), (0, 0)], constant_values=2**32 - 1)
     blocks[blocks < 0] = bad_id
     counts = np.full_like(plan.counts, blocks.shape[-1] + 7)
-    # The last block's list of tiles goes on to the end of memory and beyond, with tiles that do not exist.
+    # The first block's list of tiles begins before the memory of all, and the last one's goes on to its end and beyond, with
+    # tiles that do not exist.
     pad = [(0, 0), (0, 0), (0, blocks[0, 0].size - plan.inverse_tiles.shape[-1])]
     tiles, slots = (extend(x, pad, constant_values=bad_id) for x in (plan.inverse_tiles, plan.inverse_slots))
     offsets = np.array(plan.inverse_offsets)
-    offsets[..., -1] = 2**31 - 1
+    offsets[..., 0], offsets[..., -1] = -7, 2**31 - 1
     tiles[tiles < 0] = slots[slots < 0] = bad_id
     bad = dataclasses.replace(
         plan,
@@ -128,7 +125,31 @@ def test_plan_that_names_blocks_that_do_not_exist(bad_id):
         inverse_tiles=tiles,
         inverse_slots=slots,
     )
-    assert_same(results_of(inputs, jax.tree.map(jnp.asarray, bad)), expected)
+    return jax.tree.map(jnp.asarray, bad)
+
+
+@each_arch
+@pytest.mark.parametrize("bad_id", [-(2**31), -5, 6, 2**28, 2**31 - 1])
+def test_plan_that_names_blocks_that_do_not_exist(bad_id):
+    """2**28 blocks of 16 keys are 2**32 keys, which is 0 in 32 bits."""
+    inputs = small_case("group2_bf16")
+    plan = make_plan(inputs)
+    assert plan.kv_len == 6 * plan.kv_block_size
+    assert_same(results_of(inputs, with_blocks_that_do_not_exist(plan, bad_id)), results_of(inputs, plan))
+
+
+def with_hidden_keys(inputs: Inputs) -> Inputs:
+    """The last queries come before the last keys."""
+    return dataclasses.replace(inputs, options=inputs.options | dict(q_offset=inputs.operands["key"].shape[1] - 60))
+
+
+def with_bad_numbers(inputs: Inputs, operand: str, value: float) -> Inputs:
+    """`value` in each key (or value) that no query sees."""
+    seen = compare.mask_of(inputs).any(axis=(1, 2))  # [batch, kv_len]
+    assert not seen.all() and seen.any()
+    changed = jnp.where(jnp.asarray(seen)[..., None, None], inputs.operands[operand], value)
+    operands = inputs.operands | {operand: changed.astype(inputs.operands[operand].dtype)}
+    return dataclasses.replace(inputs, operands=operands)
 
 
 @each_arch
@@ -136,14 +157,8 @@ def test_plan_that_names_blocks_that_do_not_exist(bad_id):
 @pytest.mark.parametrize("operand", ["key", "value"])
 def test_bad_numbers_in_keys_that_no_query_sees(operand, value):
     """Keys in blocks that are not listed, and later keys of a listed block."""
-    inputs = small_case("odd_prefix")
-    inputs = dataclasses.replace(inputs, options=inputs.options | dict(q_offset=inputs.operands["key"].shape[1] - 60))
-    seen = compare.mask_of(inputs).any(axis=(1, 2))  # [batch, kv_len]
-    assert not seen.all() and seen.any()
-    expected = results_of(inputs)
-    changed = jnp.where(jnp.asarray(seen)[..., None, None], inputs.operands[operand], value)
-    operands = inputs.operands | {operand: changed.astype(inputs.operands[operand].dtype)}
-    assert_same(results_of(dataclasses.replace(inputs, operands=operands)), expected)
+    inputs = with_hidden_keys(small_case("odd_prefix"))
+    assert_same(results_of(with_bad_numbers(inputs, operand, value)), results_of(inputs))
 
 
 def test_handler_refuses_wrong_shapes(monkeypatch):
@@ -227,20 +242,62 @@ def test_more_heads_of_a_token_than_rows(num_q_heads, selection_heads):
     compare.assert_results_match(results_of(inputs), inputs)
 
 
+def split(monkeypatch, entries: int) -> None:
+    """Lists of the inverse are split that are longer than so many entries."""
+    monkeypatch.setattr(attention_backward, "MIN_ENTRIES_PER_PART", entries)
+    monkeypatch.setattr(attention_backward, "LONG_LIST", 0)
+
+
+def change_parts(monkeypatch, change: Callable[[Parts], Parts]) -> None:
+    """Parts are what `change` makes of them."""
+    split_lists = attention_backward.split_lists
+    monkeypatch.setattr(attention_backward, "split_lists", lambda plan: change(split_lists(plan)))
+
+
+def num_partials_of(parts: Parts) -> int:
+    """The room that sums of several parts need."""
+    num_parts = np.diff(parts.first, axis=-1)
+    return int(np.where(num_parts > 1, num_parts, 0).sum(-1).max())
+
+
 @each_arch
 @pytest.mark.parametrize(("name", "entries"), [("everything", 30), ("group2_bf16", 9)])
 def test_long_lists_are_walked_in_parts(name, entries, monkeypatch):
     inputs = small_case(name)
     whole = results_of(inputs)
-    monkeypatch.setattr(attention_backward, "MIN_ENTRIES_PER_PART", entries)
-    monkeypatch.setattr(attention_backward, "LONG_LIST", 0)
+    split(monkeypatch, entries)
     plan = make_plan(inputs, tile_size=1)
     parts = attention_backward.split_lists(plan)
     num_parts = np.diff(parts.first, axis=-1)
     assert num_parts.max() > 2 and (num_parts.min() == 1 or name == "everything")
-    assert 0 < np.where(num_parts > 1, num_parts, 0).sum(-1).max() <= parts.max_partials
+    num_partials = num_partials_of(parts)
+    assert 0 < num_partials <= parts.max_partials
     compare.assert_results_match(results_of(inputs, plan), inputs)
     np.testing.assert_allclose(results_of(inputs, plan)["d_key"], whole["d_key"], atol=0.05, rtol=0.05)
+    # With room for so many sums and no more.
+    change_parts(monkeypatch, lambda parts: dataclasses.replace(parts, max_partials=num_partials))
+    compare.assert_results_match(results_of(inputs, plan), inputs)
+
+
+CONTRADICTIONS = {
+    "parts of no block": lambda parts: dataclasses.replace(parts, first=parts.first + 5),
+    "blocks without parts": lambda parts: dataclasses.replace(parts, first=0 * parts.first),
+    "blocks with fewer parts than none": lambda parts: dataclasses.replace(parts, first=parts.first[..., ::-1]),
+    "sums before the first": lambda parts: dataclasses.replace(parts, first_partial=0 * parts.first_partial - 1),
+    "sums after the last": lambda parts: dataclasses.replace(
+        parts, first_partial=parts.max_partials + 1 - jnp.diff(parts.first, axis=-1)
+    ),
+}
+
+
+@each_arch
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_parts_that_contradict_each_other(name, monkeypatch):
+    """Results are not defined, but the simulator would say if a kernel touched what is not an array."""
+    inputs = small_case("group2_bf16")
+    split(monkeypatch, 9)
+    change_parts(monkeypatch, CONTRADICTIONS[name])
+    results_of(inputs, make_plan(inputs, tile_size=1))
 
 
 # --- transformations ---

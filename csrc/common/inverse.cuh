@@ -48,7 +48,8 @@ class InverseList {
                        end = ptx::load_global(offsets_ + block_ + 1);
     const std::int64_t first = begin < 0 ? 0 : begin,
                        last = end < num_entries_ ? end : num_entries_;
-    const std::int64_t size = last > first ? (last - first + num_parts_ - 1) / num_parts_ : 0;
+    // Not above 0 if there are none.
+    const std::int64_t size = (last - first + num_parts_ - 1) / num_parts_;
     first_entry_ = first + part_ * size;
     count_ = last - first_entry_ < size ? last - first_entry_ : size;
   }
@@ -110,8 +111,8 @@ class InverseList {
   }
   // Whether there is room for the sums of the block's parts, if it has several.
   __device__ bool has_partials() const {
-    return num_parts_ == 1 || (num_parts_ > 1 && first_partial_ >= 0 &&
-                               first_partial_ <= inverse_->num_partials - num_parts_);
+    return num_parts_ == 1 ||
+           (first_partial_ >= 0 && first_partial_ <= inverse_->num_partials - num_parts_);
   }
 
   const InverseParams* inverse_;

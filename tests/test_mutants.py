@@ -1,0 +1,188 @@
+"""The mutation suite of the CUDA kernels (`tools/mutants`): which mutants its rules find, and what its report has to say."""
+
+import re
+import textwrap
+
+import pytest
+
+from tools.mutants import report, rules
+from tools.mutants.build import CSRC, VARIANTS, mutated_sources, with_few_variants
+
+SOURCE = """
+    // if (a < b) return;
+    #define GUARD(x) if (x < 0) return
+    #include "other.h"
+    namespace toy {
+
+    template <class T, int kSize>
+    struct Config {
+      static constexpr int kStages = kSize > 128 ? 1 : 2;
+      static_assert(kSize % 16 == 0 && kSize <= 256, "a && b");
+    };
+
+    class Ring {
+     public:
+      __device__ Ring(const Tile& tile, int row) : is_row_(row < tile.num_rows) {
+        if (!is_row_) return;
+        offset_ = row % kRows;
+      }
+      __device__ bool is_row() const { return is_row_; }
+
+     private:
+      bool is_row_;
+      int offset_ = 0;
+    };
+
+    template <class Config>
+    __global__ void __launch_bounds__(Config::kThreads) kernel(const __grid_constant__ Params p) {
+      const char* text = "while (a && b) x = 1;"; /* x % 2 */
+      ptx::sync_threads();  // wait
+      ptx::copy_wait<Config::kStages - 1>();
+      const Ring ring(p.tile, 0);
+      for (int i = 0; i < kRows; ++i) sums[i] *= factor_of(i);
+      for (int part = 0; part < p.count(); ++part) {
+        if (part == p.last || p.is_empty) continue;
+        const float factor = exp2(part), *from = p.rows[part];
+        const std::uint32_t low = bits & 0xffff;
+        store(from, part >= 0 && p.is_full ? low : 0, [&](int i) { return i > 1; });
+      }
+    #if SPARSE_ATTN_HOST_SIM
+      ptx::sim_only();
+    #else
+      ptx::gpu_only();
+    #endif
+      if constexpr (Config::kStages > 1) *p.total += ptx::ballot(true);
+      const int least = a < b ? a : b;
+    }
+
+    }  // namespace toy
+"""
+
+# (function, what is replaced, by what), in the order of the text.
+FOUND = [
+    ("Ring::Ring", "row < tile.num_rows", "false"),
+    ("Ring::Ring", "row < tile.num_rows", "true"),
+    ("Ring::Ring", "<", "<="),
+    ("Ring::Ring", "!is_row_", "false"),
+    ("Ring::Ring", "!is_row_", "true"),
+    ("Ring::Ring", "offset_ = row % kRows", ""),
+    ("Ring::Ring", "% kRows", ""),
+    ("kernel", "ptx::sync_threads()", ""),
+    ("kernel", "ptx::copy_wait<Config::kStages - 1>()", ""),
+    ("kernel", "Config::kStages - 1", "(Config :: kStages - 1) + 1"),
+    ("kernel", "sums[i] *= factor_of(i)", ""),
+    ("kernel", "<", "<="),
+    ("kernel", "part == p.last", "false"),
+    ("kernel", "part == p.last || p.is_empty", "false"),
+    ("kernel", "part == p.last || p.is_empty", "true"),
+    ("kernel", "p.is_empty", "false"),
+    ("kernel", "exp2(part)", "1"),
+    ("kernel", "& 0xffff", ""),
+    ("kernel", "store(from, part >= 0 && p.is_full ? low : 0, [&](int i) { return i > 1; })", ""),
+    ("kernel", "part >= 0", "true"),
+    ("kernel", "part >= 0 && p.is_full ? low : 0", "(0)"),
+    ("kernel", "part >= 0 && p.is_full ? low : 0", "(low)"),
+    ("kernel", ">=", ">"),
+    ("kernel", "p.is_full", "true"),
+    ("kernel", "i > 1", "false"),
+    ("kernel", "i > 1", "true"),
+    ("kernel", ">", ">="),
+    ("kernel", "ptx::sim_only()", ""),
+    ("kernel", "*p.total += ptx::ballot(true)", ""),
+    ("kernel", "a < b ? a : b", "(a)"),
+    ("kernel", "a < b ? a : b", "(b)"),
+]
+
+
+def toy_mutants(source: str = SOURCE) -> list[rules.Mutant]:
+    return rules.find_mutants("toy.cuh", textwrap.dedent(source))
+
+
+def test_rules_find_what_can_be_broken_and_nothing_else():
+    assert [(mutant.function, mutant.before, mutant.after) for mutant in toy_mutants()] == FOUND
+
+
+def test_mutants_change_the_text_in_one_place():
+    source = textwrap.dedent(SOURCE)
+    for mutant in toy_mutants():
+        changed = mutant.apply(source)
+        assert changed != source and len(source) - len(changed) == len(mutant.before) - len(mutant.after)
+
+
+def test_ids_differ_and_stay_when_lines_move():
+    ids = [mutant.id for mutant in toy_mutants()]
+    assert len(set(ids)) == len(ids)
+    moved = SOURCE.replace("namespace toy {", "// More.\n\n    namespace toy {").replace("// wait", "// Waits.")
+    assert [mutant.id for mutant in toy_mutants(moved)] == ids
+
+
+def test_the_same_change_in_two_equal_lines_has_two_ids():
+    both = SOURCE.replace("ptx::sync_threads();  // wait", "ptx::sync_threads();\n  ptx::sync_threads();")
+    assert len({mutant.id for mutant in toy_mutants(both)}) == len(FOUND) + 1
+
+
+def test_digest_of_code_ignores_comments():
+    source = textwrap.dedent(SOURCE)
+    assert rules.code_digest(source) == rules.code_digest(source.replace("// wait", "// Waits."))
+    assert rules.code_digest(source) != rules.code_digest(source.replace("kRows", "kColumns"))
+
+
+def test_sources_of_the_kernels_have_mutants_in_every_function():
+    sources = {str(path.relative_to(CSRC)): path.read_text() for path in mutated_sources()}
+    assert "common/tile.cuh" in sources and "sm80/attention_forward.cuh" in sources
+    for path, source in sources.items():
+        found = {mutant.function for mutant in rules.find_mutants(path, source)}
+        kernels = re.findall(r"__launch_bounds__\(.*\)\s+(\w+)\(", source)
+        assert found and found.issuperset(kernels), path
+
+
+@pytest.mark.parametrize("path", sorted(CSRC.glob("sm*/launchers.cu")), ids=lambda path: path.parent.name)
+def test_few_variants_are_left_in_the_launchers(path):
+    text = with_few_variants(path.read_text())
+    calls = re.findall(r"\badd<T, (\d+), ([\d, ]+)>\(", text)
+    assert {int(head_dim): tuple(map(int, sizes.split(", "))) for head_dim, sizes in calls} == VARIANTS
+    assert re.findall(r"add_dtype<(.*)>\(", text) == ["ptx::BFloat16"]
+
+
+# --- the report ---
+
+
+def toy_report(survivors: int = 1, reasons=None) -> str:
+    mutants = {"sm80/toy.cuh": toy_mutants()}
+    verdicts = {m.id: report.SURVIVED if i < survivors else "simulator" for i, m in enumerate(mutants["sm80/toy.cuh"])}
+    return report.report_text(mutants, verdicts, reasons or {})
+
+
+def test_report_without_a_reason_for_a_survivor_is_a_problem():
+    mutants = toy_mutants()
+    by_path = {"sm80/toy.cuh": mutants}
+    (problem,) = report.problems(toy_report(), by_path, {})
+    assert mutants[0].id in problem and "has no reason" in problem
+    reasons = {mutants[0].id: "Both are equal."}
+    assert report.survivors_in(toy_report(reasons=reasons)) == reasons
+    assert report.problems(toy_report(reasons=reasons), by_path, reasons) == []
+
+
+def test_report_about_other_sources_is_a_problem():
+    changed = toy_mutants(SOURCE.replace("part == p.last", "part != p.last"))
+    (problem,) = report.problems(toy_report(survivors=0), {"sm80/toy.cuh": changed}, {})
+    assert problem == "the report is not about the present sm80/toy.cuh; run `make mutants`"
+    problems = report.problems(toy_report(survivors=0), {"sm90/toy.cuh": toy_mutants()}, {})
+    assert [problem.split(";")[0].split()[-1] for problem in problems] == ["sm80/toy.cuh", "sm90/toy.cuh"]
+
+
+def test_reason_for_a_mutant_that_is_no_survivor_is_a_problem():
+    (problem,) = report.problems(toy_report(survivors=0), {"sm80/toy.cuh": toy_mutants()}, {"x": "Why."})
+    assert problem == "reasons.toml has a reason for x, which is no survivor"
+
+
+def test_every_survivor_in_the_committed_report_has_a_reason():
+    survivors = report.survivors_in(report.REPORT.read_text())
+    assert survivors and not [name for name, reason in survivors.items() if not reason or reason == "**none**"]
+    assert survivors == report.read_reasons()
+
+
+@pytest.mark.parametrize("bad", ["void f() { (1]; }", "void f() { } }"])
+def test_source_whose_brackets_do_not_match(bad):
+    with pytest.raises((ValueError, IndexError)):
+        rules.find_mutants("bad.cuh", bad)

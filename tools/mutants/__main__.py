@@ -1,0 +1,223 @@
+"""Tests every mutant that has no result yet, and writes docs/mutants.md."""
+
+import argparse
+import concurrent.futures
+import hashlib
+import json
+import os
+import queue
+import re
+import select
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from sparse_attn_jax.implementations.cuda import host_sim
+from tools.mutants import report, rules
+from tools.mutants.build import CSRC, Objects
+from tools.mutants.rules import Mutant
+
+FOLDER = host_sim.ROOT / "build" / "mutants"
+RESULTS = FOLDER / "results.jsonl"
+TESTS = ("tests/test_cuda_on_cpu.py", "tests/test_varlen.py", "sparse_attn_jax/testing/*.py", "tools/mutants/checks.py")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tools.mutants", description=__doc__)
+    parser.add_argument("--jobs", type=int, default=1, help="mutants tested at a time; default: 1")
+    parser.add_argument("--only", default="", help="a regular expression; only mutants are tested whose id it is found in")
+    parser.add_argument("--fresh", action="store_true", help="forget the results of earlier runs")
+    parser.add_argument("--timeout", type=float, default=40, help="seconds of a processor that one check may take; default: 40")
+    parser.add_argument("--list", action="store_true", help="print the mutants, and do no more")
+    parser.add_argument("--check", action="store_true", help="only say whether the report is about the present sources")
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = parse()
+    by_path = report.all_mutants()
+    mutants = [mutant for of_path in by_path.values() for mutant in of_path]
+    if options.list:
+        for mutant in mutants:
+            print("\n  ".join(report.survivor_lines(mutant, "")[:2]))
+        return 0
+    if options.check:
+        problems = report.problems(report.REPORT.read_text(), by_path, report.read_reasons())
+        print("\n".join(problems) or "docs/mutants.md is about the present sources, and every survivor has a reason")
+        return len(problems) > 0
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    results = Results(fresh=options.fresh)
+    todo = [mutant for mutant in mutants if re.search(options.only, mutant.id) and results.verdict(mutant) is None]
+    print(f"{len(mutants)} mutants, {len(todo)} to test", flush=True)
+    if todo:
+        Session(results, options.timeout).run(todo, options.jobs)
+    verdicts = {mutant.id: results.verdict(mutant) for mutant in mutants}
+    missing = sum(verdict is None for verdict in verdicts.values())
+    if missing:
+        print(f"no report: {missing} mutants have not been tested")
+        return 1
+    report.REPORT.write_text(report.report_text(by_path, verdicts, report.read_reasons()))
+    problems = report.problems(report.REPORT.read_text(), by_path, report.read_reasons())
+    print("\n".join([f"wrote {report.REPORT}", *problems]))
+    return len(problems) > 0
+
+
+class Results:
+    """What is known from this run and earlier ones.
+
+    A killed mutant stays killed until its source changes, a survivor until any source or test does.
+    """
+
+    def __init__(self, *, fresh: bool):
+        self.lock = threading.Lock()
+        self.sources = {path: rules.code_digest((CSRC / path).read_text()) for path in report.all_mutants()}
+        files = sorted(path for pattern in TESTS for path in host_sim.ROOT.glob(pattern))
+        texts = [*map(str, self.sources.values()), *(path.read_text() for path in files)]
+        self.everything = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
+        if fresh:
+            RESULTS.unlink(missing_ok=True)
+        lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+        self.known = {line["key"]: line for line in map(json.loads, lines)}
+
+    def keys(self, mutant: Mutant) -> tuple[str, str]:
+        return f"{mutant.id} {self.sources[mutant.path]}", f"{mutant.id} {self.everything}"
+
+    def verdict(self, mutant: Mutant) -> str | None:
+        found = [self.known[key]["verdict"] for key in self.keys(mutant) if key in self.known]
+        return found[0] if found else None
+
+    def add(self, mutant: Mutant, result: dict) -> None:
+        killed, survived = self.keys(mutant)
+        line = dict(key=survived if result["verdict"] == report.SURVIVED else killed) | result
+        with self.lock, RESULTS.open("a") as file:
+            self.known[line["key"]] = line
+            print(json.dumps(line), file=file)
+
+
+def cpu_seconds(process: int) -> float:
+    """The time that a process has run."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+class Worker:
+    """A process of `worker.py`, which is started anew when it ends or hangs."""
+
+    def __init__(self, unchanged: Path, timeout: float):
+        self.unchanged, self.timeout = unchanged, timeout
+        self.process = None
+
+    def start(self) -> None:
+        cache = dict(
+            JAX_COMPILATION_CACHE_DIR=str(FOLDER / "compiled"),
+            JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+            JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="0",
+        )
+        command = [sys.executable, "-m", "tools.mutants.worker", str(self.unchanged)]
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(command, cwd=host_sim.ROOT, env=os.environ | cache, **pipes)
+
+    def judge(self, made: Path, archs: list[str]) -> dict:
+        """The verdict on one compiled library."""
+        if self.process is None:
+            self.start()
+        self.process.stdin.write(json.dumps(dict(library=str(made), archs=archs)).encode() + b"\n")
+        self.process.stdin.flush()
+        check = None
+        while True:
+            line = self.read_line()
+            if not line:
+                verdict = "timeout" if self.process.poll() is None else "crash"
+                self.stop()
+                return dict(verdict=verdict, check=check, message="")
+            result = json.loads(line)
+            if "verdict" in result:
+                return result
+            check = result["begins"]
+
+    def read_line(self) -> bytes:
+        """Empty if none came in time, or none will come."""
+        begin, waited = cpu_seconds(self.process.pid), 0
+        while not select.select([self.process.stdout], [], [], 1)[0]:
+            waited += 1
+            # A process may have to wait for others. One that does nothing at all hangs too.
+            if cpu_seconds(self.process.pid) - begin > self.timeout or waited > 30 * self.timeout:
+                return b""
+        line = self.process.stdout.readline()
+        if not line:
+            self.process.wait()
+        return line
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+
+class Session:
+    """Tests mutants in parallel, says how far it is."""
+
+    def __init__(self, results: Results, timeout: float):
+        self.results, self.timeout = results, timeout
+        self.objects = Objects(FOLDER / "unchanged")
+        self.workers = queue.SimpleQueue()
+        self.counts = dict.fromkeys(report.VERDICTS, 0)
+
+    def run(self, todo: list[Mutant], jobs: int) -> None:
+        unchanged = self.objects.compile_all()
+        workers = [Worker(unchanged, self.timeout) for _ in range(jobs)]
+        try:
+            self.expect_unchanged_passes(workers[0], unchanged)
+            for worker in workers:
+                self.workers.put(worker)
+            self.start = time.monotonic()
+            with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+                for mutant, result in pool.map(self.test, todo):
+                    self.results.add(mutant, result)
+                    self.tell(mutant, result, len(todo))
+            # Had a mutant harmed the process that tests them all, this would show it.
+            self.expect_unchanged_passes(workers[0], unchanged)
+        finally:
+            for worker in workers:
+                worker.stop()
+
+    def expect_unchanged_passes(self, worker: Worker, unchanged: Path) -> None:
+        print("the unchanged sources ...", flush=True)
+        result = worker.judge(unchanged, archs_of(""))
+        if result["verdict"] != report.SURVIVED:
+            raise RuntimeError(f"the unchanged sources fail the check {result['check']!r}: {result}")
+
+    def test(self, mutant: Mutant) -> tuple[Mutant, dict]:
+        start = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            made = self.objects.compile_mutant(mutant, Path(folder))
+            if made is None:
+                result = dict(verdict="does not compile", check=None, message="")
+            else:
+                worker = self.workers.get()
+                try:
+                    result = worker.judge(made, archs_of(mutant.path))
+                finally:
+                    self.workers.put(worker)
+        return mutant, result | dict(seconds=round(time.monotonic() - start, 1))
+
+    def tell(self, mutant: Mutant, result: dict, total: int) -> None:
+        self.counts[result["verdict"]] += 1
+        done = sum(self.counts.values())
+        left = (time.monotonic() - self.start) / done * (total - done)
+        line = f"{done}/{total}, {self.counts[report.SURVIVED]} survived, {left / 60:.0f} min left; "
+        print(f"{line}{mutant.id}: {result['verdict']} {result['check'] or ''}", flush=True)
+
+
+def archs_of(path: str) -> list[str]:
+    """The folders of kernels that a source is part of."""
+    folders = sorted({source.parent.name for source in CSRC.glob("sm*/launchers.cu")})
+    return [path.split("/")[0]] if path.split("/")[0] in folders else folders
+
+
+if __name__ == "__main__":
+    sys.exit(main())
