@@ -286,6 +286,21 @@ def test_fused_equals_definition(case, use_coarse):
     oracle.assert_same_up_to_rounding(np.asarray(found), wanted, scores)
 
 
+@pytest.mark.parametrize("pooling", ["max", "overlap_sum"])
+def test_fused_nan_stays_in_the_blocks_of_its_unit(pooling):
+    query, key = make_inputs(10, 300)
+    options = dict(pooling=pooling, is_causal=False, num_sink_blocks=0, num_local_blocks=0)
+    problem, units, coarse = (
+        make_problem(query, 300, **options),
+        compress_keys(key).at[:, 0].set(jnp.nan),
+        compress_keys(key, 128, 64),
+    )
+    found = select_from_units(query, units, coarse, absolute_positions(None, 10, 300), problem=problem)
+    wanted, scores = select_unfused(query, units, coarse, None, problem)
+    assert np.isnan(scores).any(axis=-1).all() and not np.isnan(scores[..., 1:]).any()
+    np.testing.assert_array_equal(found, wanted)
+
+
 @pytest.mark.parametrize("chunk", [1, 17, 100, 150])
 def test_fused_chunk_length_changes_nothing(chunk):
     query, key = make_inputs(100, 300)

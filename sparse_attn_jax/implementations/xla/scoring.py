@@ -206,7 +206,9 @@ def _pool_units(values: jax.Array, visible: jax.Array, limit: int, problem: Scor
         terms = [jnp.where(shared > 0, values[:, :, unit], -jnp.inf) for unit, shared in columns]
         return functools.reduce(jnp.maximum, terms)
     values = jnp.where(visible, values, 0.0)
-    terms = [values[:, :, unit] * (shared / problem.kernel_stride).astype(values.dtype) for unit, shared in columns]
+    # Blocks with fewer units name unit 0 instead, which may be NaN.
+    weights = [(shared / problem.kernel_stride).astype(values.dtype) for _, shared in columns]
+    terms = [jnp.where(w > 0, values[:, :, unit] * w, 0.0) for (unit, _), w in zip(columns, weights, strict=True)]
     # Unit ids ascend along the columns, and a later unit ends later: a block has a visible unit iff its first is one.
     first_visible = jnp.broadcast_to(visible, (*visible.shape[:2], *values.shape[2:]))[:, :, unit_ids[:, 0]]
     return jnp.where((overlap[:, :1] > 0) & first_visible, sum(terms), -jnp.inf)
