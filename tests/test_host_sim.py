@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from sparse_attn_jax.implementations.cuda import host_sim
+
 pytestmark = pytest.mark.kernels
 
 CSRC = Path(__file__).absolute().parent.parent / "csrc"
@@ -33,6 +35,23 @@ def test_host_sim(cpp_compiler, tmp_path, program, build):
     assert names and source.count("\nTEST(") == len(names)
     run(binary, *names)
     assert subprocess.run([binary, "no_such_test"], capture_output=True).returncode == 1
+
+
+def test_another_jaxlib_gets_a_library_of_its_own(cpp_compiler, monkeypatch, tmp_path):
+    """A jaxlib refuses handlers made with the headers of a newer one."""
+    commands = []
+
+    def compile_nothing(command, **_):
+        commands.append(command)
+        Path(command[-1]).touch()
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(host_sim, "_folder", lambda: tmp_path)
+    monkeypatch.setattr(host_sim.subprocess, "run", compile_nothing)
+    first = host_sim.build()
+    assert host_sim.build() == first and len(commands) == 1
+    monkeypatch.setattr(host_sim.jaxlib.version, "__version__", "0.0.1")
+    assert host_sim.build() != first and len(commands) == 2
 
 
 def compile_with_nvcc(source, made, *flags) -> str:

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import jax
+import jaxlib.version
 
 ROOT = Path(__file__).absolute().parents[3]
 CSRC = ROOT / "csrc"
@@ -35,10 +36,8 @@ def sources() -> list[Path]:
 
 def build(flags: tuple[str, ...] = ()) -> Path:
     """The simulator library of the present sources, compiled if it is not there yet."""
-    headers = sorted(path for path in CSRC.rglob("*") if path.suffix in SUFFIXES and "tests" not in path.parts)
-    texts = b"\0".join([*(path.read_bytes() for path in headers), " ".join((*FLAGS, *flags)).encode()])
     folder = _folder()
-    made = folder / f"libsparse_attn_host_sim_{hashlib.sha256(texts).hexdigest()[:16]}.so"
+    made = folder / f"libsparse_attn_host_sim_{_key(flags)}.so"
     with open(folder / "lock", "w") as lock, tempfile.TemporaryDirectory(dir=folder) as scratch:
         fcntl.flock(lock, fcntl.LOCK_EX)  # others may want it at the same time
         if made.exists():
@@ -49,6 +48,13 @@ def build(flags: tuple[str, ...] = ()) -> Path:
             raise RuntimeError(f"the simulator does not compile:\n{done.stderr}")
         os.replace(f"{scratch}/made.so", made)
     return made
+
+
+def _key(flags: tuple[str, ...]) -> str:
+    """Differs where the library would. jaxlib brings the headers of XLA's FFI, and takes no library made with newer ones."""
+    read = sorted(path for path in CSRC.rglob("*") if path.suffix in SUFFIXES and "tests" not in path.parts)
+    made_with = " ".join((jaxlib.version.__version__, *FLAGS, *flags))
+    return hashlib.sha256(b"\0".join([*(path.read_bytes() for path in read), made_with.encode()])).hexdigest()[:16]
 
 
 def _folder() -> Path:
