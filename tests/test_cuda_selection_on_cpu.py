@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import sparse_attn_jax as sa
 from sparse_attn_jax.implementations.cuda import library
@@ -317,6 +318,26 @@ def test_vmap_folds_into_the_batch(mapped):
     axes = [0 if i in moving else None for i in range(4)]
     found = jax.jit(jax.vmap(select, in_axes=axes))(*stacked)
     np.testing.assert_array_equal(found, np.stack([select(*v) for v in variants]))
+
+
+AUTO = (jax.sharding.AxisType.Auto,) * 2
+COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
+
+
+@pytest.mark.parametrize("reduction", ["sum", None])
+def test_sharding_by_batch_and_heads_needs_no_collectives(reduction):
+    call = make_call(12, batch=2, use_coarse=True, q_offset=(700, 9), group_reduction=reduction, **SMALL)
+    mesh = jax.make_mesh((2, 2), ("data", "model"), devices=jax.devices()[:4], axis_types=AUTO)
+    place = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+    arrays = [place(x, "data", None, "model") for x in (call.query, call.compressed, call.coarse)]
+    arrays.append(place(call.positions, "data"))
+    select = jax.jit(lambda *arrays: select_from_units(*arrays, problem=call.problem))
+    text = select.lower(*arrays).compile().as_text()
+    assert library.SELECT_BLOCKS in text
+    assert not [line for line in text.splitlines() if any(name in line for name in COLLECTIVES)]
+    found = select(*arrays)
+    assert found.sharding.shard_shape(found.shape) == (1, found.shape[1] // 2, 12, 5)
+    np.testing.assert_array_equal(found, call.run())
 
 
 def test_sizes_that_do_not_fit():
