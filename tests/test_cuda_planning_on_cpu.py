@@ -120,13 +120,17 @@ def test_order_of_blocks_and_threads_changes_nothing(monkeypatch):
         assert_same(build_plan(selection, **sizes.arguments()), expected)
 
 
-def test_inverse_of_a_plan_that_names_blocks_that_do_not_exist():
+def plan_that_names_blocks_that_do_not_exist() -> planning.TilePlan:
     sizes = CASES["per_token"]
     plan = planning.build_plan(make_selection(sizes), **sizes.arguments(), with_inverse=False)
     generator = np.random.default_rng(0)
     is_bad = generator.random(plan.blocks.shape) < 0.3
     blocks = np.where(is_bad, generator.choice(HOSTILE, plan.blocks.shape), plan.blocks)
-    plan = dataclasses.replace(plan, blocks=jnp.asarray(blocks, jnp.int32))
+    return dataclasses.replace(plan, blocks=jnp.asarray(blocks, jnp.int32))
+
+
+def test_inverse_of_a_plan_that_names_blocks_that_do_not_exist():
+    plan = plan_that_names_blocks_that_do_not_exist()
     assert_same(add_inverse(plan), planning.add_inverse(plan))
 
 

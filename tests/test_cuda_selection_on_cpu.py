@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import sparse_attn_jax as sa
 from sparse_attn_jax.implementations.cuda import library
@@ -135,11 +136,15 @@ def test_chunked_prefill(q_offset, use_coarse):
     assert_as_defined(make_call(43, 8, 2, batch=2, use_coarse=use_coarse, q_offset=q_offset, **SMALL))
 
 
-def test_positions_of_any_order():
+def call_with_positions_of_any_order() -> Call:
     call = make_call(60, 4, 2, batch=2, use_coarse=True, **SMALL)
     positions = np.random.default_rng(0).integers(-40, 900, (2, 60))
     positions[0, :4] = 2**31 - 1, -(2**31), 798, 799
-    assert_as_defined(dataclasses.replace(call, positions=jnp.asarray(positions, jnp.int32)))
+    return dataclasses.replace(call, positions=jnp.asarray(positions, jnp.int32))
+
+
+def test_positions_of_any_order():
+    assert_as_defined(call_with_positions_of_any_order())
 
 
 @pytest.mark.parametrize("shift", [-1, 1])
@@ -165,8 +170,7 @@ def test_forced_blocks(is_causal, sinks, local):
     assert_as_defined(make_call(50, 2, 1, q_offset=300, **SMALL, **options))
 
 
-@pytest.mark.parametrize("key_of", ["random", "ascending", "descending"])
-def test_segments_change_nothing(key_of):
+def call_of_many_segments(key_of: str) -> Call:
     """Long lists of candidates, in the order that makes the most and the least of them interim winners."""
     key = None
     if key_of != "random":
@@ -174,7 +178,12 @@ def test_segments_change_nothing(key_of):
         key[..., 0] = np.linspace(-1, 1, 2000)[:, None] * (1 if key_of == "ascending" else -1)
     call = make_call(20, 2, 1, key=key, kv_len=2000, block_size=8, kernel_size=8, kernel_stride=4, top_k=40)
     # Of one sign: else the heads would not agree about the order.
-    call = dataclasses.replace(call, query=call.query.at[..., 0].set(abs(call.query[..., 0])))
+    return dataclasses.replace(call, query=call.query.at[..., 0].set(abs(call.query[..., 0])))
+
+
+@pytest.mark.parametrize("key_of", ["random", "ascending", "descending"])
+def test_segments_change_nothing(key_of):
+    call = call_of_many_segments(key_of)
     lists, scores = call.define()
     whole = call.run()
     oracle.assert_same_up_to_rounding(whole, lists, scores)
@@ -204,16 +213,20 @@ def test_many_blocks():
 # Ties.
 
 
-@pytest.mark.parametrize("segment_blocks", [None, 7])
-@pytest.mark.parametrize("scale", [0.0, 1.0])
-def test_ties_go_to_the_lower_block(scale, segment_blocks):
+def call_with_ties(scale: float) -> Call:
     # Small integers: equal logits are equal to the bit, and there are many.
     generator = np.random.default_rng(0)
     query, key = np.zeros((1, 600, 1, 64)), np.zeros((1, 600, 1, 64))
     query[..., :2] = generator.integers(-1, 2, (1, 600, 1, 2))
     key[..., :2] = np.repeat(generator.integers(-1, 2, (1, 38, 1, 2)), 16, axis=1)[:, :600]
     call = make_call(600, 1, 1, key=key, kv_len=600, scale=scale, top_k=6)
-    call = dataclasses.replace(call, query=jnp.asarray(query, jnp.bfloat16))
+    return dataclasses.replace(call, query=jnp.asarray(query, jnp.bfloat16))
+
+
+@pytest.mark.parametrize("segment_blocks", [None, 7])
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+def test_ties_go_to_the_lower_block(scale, segment_blocks):
+    call = call_with_ties(scale)
     lists, scores = call.define()
     num_equal = (scores[..., None] == scores[..., None, :]).sum(-1)
     assert (num_equal[np.isfinite(scores)] > 1).mean() > 0.5
@@ -226,12 +239,16 @@ def test_ties_in_a_list_that_is_pruned():
     np.testing.assert_array_equal(call.run(), call.define()[0])
 
 
-def test_a_unit_shared_by_two_blocks_ties_to_the_lower():
+def call_with_a_unit_shared_by_two_blocks() -> Call:
     # Unit 7 spans tokens 112-143, half in block 1 and half in block 2; it alone points along the query.
     key = np.zeros((1, 512, 1, 64))
     key[:, 112:144] = 1
     call = make_call(1, 1, 1, key=key, kv_len=512, top_k=3, num_local_blocks=1)
-    call = dataclasses.replace(call, query=jnp.ones_like(call.query))
+    return dataclasses.replace(call, query=jnp.ones_like(call.query))
+
+
+def test_a_unit_shared_by_two_blocks_ties_to_the_lower():
+    call = call_with_a_unit_shared_by_two_blocks()
     for segment_blocks in (None, 2):
         np.testing.assert_array_equal(call.run(segment_blocks=segment_blocks)[0, 0, 0], [0, 1, 7])
 
@@ -239,33 +256,33 @@ def test_a_unit_shared_by_two_blocks_ties_to_the_lower():
 # Bad numbers.
 
 
+def calls_with_hidden_units(group_size: int, use_coarse: bool, value: float) -> tuple[Call, Call]:
+    """A call, and the same one with `value` in units that the queries before the 27th do not see."""
+    call = make_call(50, group_size, 1, use_coarse=use_coarse, q_offset=400, top_k=9, **SMALL)
+    first = 105  # of the bad units: the last token of unit 105 is 427
+    changes = dict(compressed=call.compressed.at[:, first:].set(value))
+    if use_coarse:
+        changes["coarse"] = call.coarse.at[:, 25:].set(value)  # the last token of coarse unit 25 is 431
+    return call, dataclasses.replace(call, **changes)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("use_coarse", [False, True], ids=["exact", "coarse"])
 @pytest.mark.parametrize("group_size", [2, 3])
 def test_bad_numbers_in_units_that_a_query_does_not_see(group_size, use_coarse, value):
     """The other queries of a tile may see them; and no reduction over rows that pad a group may."""
-    call = make_call(50, group_size, 1, use_coarse=use_coarse, q_offset=400, top_k=9, **SMALL)
-    clean = call.run()
-    first = 105  # of the bad units: the last token of unit 105 is 427
-    changes = dict(compressed=call.compressed.at[:, first:].set(value))
-    if use_coarse:
-        changes["coarse"] = call.coarse.at[:, 25:].set(value)  # the last token of coarse unit 25 is 431
-    found = dataclasses.replace(call, **changes).run()
+    clean, found = (call.run() for call in calls_with_hidden_units(group_size, use_coarse, value))
     np.testing.assert_array_equal(found[:, :, :27], clean[:, :, :27])
     assert (found[:, :, 27:] != clean[:, :, 27:]).any()
 
 
-@pytest.mark.parametrize("reduction", ["sum", "max", None])
-@pytest.mark.parametrize("pooling", ["max", "overlap_sum"])
-@pytest.mark.parametrize("use_coarse", [False, True], ids=["exact", "coarse"])
-def test_blocks_with_nan_scores_are_chosen_only_if_forced(use_coarse, pooling, reduction):
-    """With a denominator over the coarse units, the blocks of one unit; else all of a query that sees it."""
+def call_with_a_nan_in_a_unit(use_coarse: bool, pooling: str, reduction: str | None) -> Call:
     call = make_call(60, 6, 2, use_coarse=use_coarse, pooling=pooling, group_reduction=reduction, top_k=20, **SMALL)
-    call = dataclasses.replace(call, compressed=call.compressed.at[:, 40, 0, 3].set(jnp.nan))
-    with np.errstate(invalid="ignore"):
-        lists, scores = call.define()
-    assert np.isnan(scores).any() and not np.isnan(scores[:, -1]).any()
-    found = call.run()
+    return dataclasses.replace(call, compressed=call.compressed.at[:, 40, 0, 3].set(jnp.nan))
+
+
+def assert_nan_scores_are_chosen_only_if_forced(found, lists, scores, use_coarse: bool) -> None:
+    """With a denominator over the coarse units, the blocks of one unit have a NaN; else all of a query that sees it."""
     if use_coarse:
         # The rows without a NaN are compared as they are, and what differs by rounding may.
         oracle.assert_same_up_to_rounding(found, lists, scores)
@@ -275,13 +292,27 @@ def test_blocks_with_nan_scores_are_chosen_only_if_forced(use_coarse, pooling, r
         oracle.assert_same_up_to_rounding(found[:, heads:], lists[:, heads:], scores[:, heads:])
 
 
-@pytest.mark.parametrize("where", ["query", "unit"])
-def test_infinite_logits_are_as_in_xla(where):
+@pytest.mark.parametrize("reduction", ["sum", "max", None])
+@pytest.mark.parametrize("pooling", ["max", "overlap_sum"])
+@pytest.mark.parametrize("use_coarse", [False, True], ids=["exact", "coarse"])
+def test_blocks_with_nan_scores_are_chosen_only_if_forced(use_coarse, pooling, reduction):
+    call = call_with_a_nan_in_a_unit(use_coarse, pooling, reduction)
+    with np.errstate(invalid="ignore"):
+        lists, scores = call.define()
+    assert np.isnan(scores).any() and not np.isnan(scores[:, -1]).any()
+    assert_nan_scores_are_chosen_only_if_forced(call.run(), lists, scores, use_coarse)
+
+
+def call_with_infinite_logits(where: str) -> Call:
     call = make_call(40, 4, 2, use_coarse=True, top_k=8, **SMALL)
     if where == "query":
-        call = dataclasses.replace(call, query=call.query.at[:, 7, 1, 0].set(jnp.inf))
-    else:
-        call = dataclasses.replace(call, compressed=call.compressed.at[:, 30, 1, 0].set(jnp.inf))
+        return dataclasses.replace(call, query=call.query.at[:, 7, 1, 0].set(jnp.inf))
+    return dataclasses.replace(call, compressed=call.compressed.at[:, 30, 1, 0].set(jnp.inf))
+
+
+@pytest.mark.parametrize("where", ["query", "unit"])
+def test_infinite_logits_are_as_in_xla(where):
+    call = call_with_infinite_logits(where)
     expected = xla.select_from_units(call.query, call.compressed, call.coarse, call.positions, problem=call.problem)
     np.testing.assert_array_equal(call.run(), expected)
 
@@ -319,6 +350,26 @@ def test_vmap_folds_into_the_batch(mapped):
     axes = [0 if i in moving else None for i in range(4)]
     found = jax.jit(jax.vmap(select, in_axes=axes))(*stacked)
     np.testing.assert_array_equal(found, np.stack([select(*v) for v in variants]))
+
+
+AUTO = (jax.sharding.AxisType.Auto,) * 2
+COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
+
+
+@pytest.mark.parametrize("reduction", ["sum", None])
+def test_sharding_by_batch_and_heads_needs_no_collectives(reduction):
+    call = make_call(12, batch=2, use_coarse=True, q_offset=(700, 9), group_reduction=reduction, **SMALL)
+    mesh = jax.make_mesh((2, 2), ("data", "model"), devices=jax.devices()[:4], axis_types=AUTO)
+    place = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+    arrays = [place(x, "data", None, "model") for x in (call.query, call.compressed, call.coarse)]
+    arrays.append(place(call.positions, "data"))
+    select = jax.jit(lambda *arrays: select_from_units(*arrays, problem=call.problem))
+    text = select.lower(*arrays).compile().as_text()
+    assert library.SELECT_BLOCKS in text
+    assert not [line for line in text.splitlines() if any(name in line for name in COLLECTIVES)]
+    found = select(*arrays)
+    assert found.sharding.shard_shape(found.shape) == (1, found.shape[1] // 2, 12, 5)
+    np.testing.assert_array_equal(found, call.run())
 
 
 def test_sizes_that_do_not_fit():

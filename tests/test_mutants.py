@@ -1,6 +1,7 @@
 """The mutation suite of the CUDA kernels (`tools/mutants`): which mutants its rules find, and what its report has to say."""
 
 import re
+import subprocess
 import textwrap
 
 import pytest
@@ -65,12 +66,12 @@ FOUND = [
     ("Ring::Ring", "<", "<="),
     ("Ring::Ring", "!is_row_", "false"),
     ("Ring::Ring", "!is_row_", "true"),
-    ("Ring::Ring", "offset_ = row % kRows", ""),
+    ("Ring::Ring", "offset_ = row % kRows;", ";"),
     ("Ring::Ring", "% kRows", ""),
-    ("kernel", "ptx::sync_threads()", ""),
-    ("kernel", "ptx::copy_wait<Config::kStages - 1>()", ""),
+    ("kernel", "ptx::sync_threads();", ";"),
+    ("kernel", "ptx::copy_wait<Config::kStages - 1>();", ";"),
     ("kernel", "Config::kStages - 1", "(Config :: kStages - 1) + 1"),
-    ("kernel", "sums[i] *= factor_of(i)", ""),
+    ("kernel", "sums[i] *= factor_of(i);", ";"),
     ("kernel", "<", "<="),
     ("kernel", "part == p.last", "false"),
     ("kernel", "part == p.last || p.is_empty", "false"),
@@ -78,7 +79,7 @@ FOUND = [
     ("kernel", "p.is_empty", "false"),
     ("kernel", "exp2(part)", "1"),
     ("kernel", "& 0xffff", ""),
-    ("kernel", "store(from, part >= 0 && p.is_full ? low : 0, [&](int i) { return i > 1; })", ""),
+    ("kernel", "store(from, part >= 0 && p.is_full ? low : 0, [&](int i) { return i > 1; });", ";"),
     ("kernel", "part >= 0", "true"),
     ("kernel", "part >= 0 && p.is_full ? low : 0", "(0)"),
     ("kernel", "part >= 0 && p.is_full ? low : 0", "(low)"),
@@ -87,8 +88,8 @@ FOUND = [
     ("kernel", "i > 1", "false"),
     ("kernel", "i > 1", "true"),
     ("kernel", ">", ">="),
-    ("kernel", "ptx::sim_only()", ""),
-    ("kernel", "*p.total += ptx::ballot(true)", ""),
+    ("kernel", "ptx::sim_only();", ";"),
+    ("kernel", "*p.total += ptx::ballot(true);", ";"),
     ("kernel", "a < b ? a : b", "(a)"),
     ("kernel", "a < b ? a : b", "(b)"),
 ]
@@ -114,6 +115,44 @@ def test_ids_differ_and_stay_when_lines_move():
     assert len(set(ids)) == len(ids)
     moved = SOURCE.replace("namespace toy {", "// More.\n\n    namespace toy {").replace("// wait", "// Waits.")
     assert [mutant.id for mutant in toy_mutants(moved)] == ids
+
+
+RUNS = """
+    int limit(int x, int n) { return x < n ? x : n; }
+    int run(int a, int b) {
+      int sum = 0;
+      const int factor = a % 5 % 3 + 2, last = a > b && b > 0 || a == 7 ? a : b;
+      for (int i = 0; i < last; ++i) {
+        if (i == b) continue; else sum += i;
+        const auto odd = [&](int j) { return j % 2 == 1; };
+        if (odd(i) && i > 2) sum *= factor;
+        else sum -= 1;
+        sum = limit(sum % 977, 900) & 0x1ff;
+      }
+      return sum;
+    }
+"""
+
+
+def test_source_with_all_mutants_runs_each_as_if_it_were_alone(cpp_compiler, tmp_path):
+    source = textwrap.dedent(RUNS)
+    mutants = rules.find_mutants("runs.cc", source)
+    switched = rules.with_switch(source, mutants, {mutant.id: i for i, mutant in enumerate(mutants, 1)})
+    assert len(switched.splitlines()) == len(source.splitlines())
+    alone = [source, *(mutant.apply(source) for mutant in mutants)]
+    program = [f"namespace m{i} {{\n{text}\n}}" for i, text in enumerate(alone)]
+    program += ['extern "C" { int sparse_attn_mutant; }', switched, "#include <cstdio>", "int main() {"]
+    for i in range(len(alone)):
+        calls = [f"{name}({a}, {b})" for a, b in ((0, 0), (3, 9), (9, 3), (7, 20), (40, 11)) for name in ("run", f"m{i}::run")]
+        program.append(f"  sparse_attn_mutant = {i};")
+        program += [f'  std::printf("%d %d\\n", {x}, {y});' for x, y in zip(calls[::2], calls[1::2])]
+    (tmp_path / "main.cc").write_text("\n".join([*program, "}"]))
+    subprocess.run([cpp_compiler, "-w", "-std=c++20", tmp_path / "main.cc", "-o", tmp_path / "main"], check=True)
+    lines = subprocess.run([tmp_path / "main"], capture_output=True, text=True, check=True).stdout.splitlines()
+    pairs = [tuple(line.split()) for line in lines]
+    assert len(pairs) == 5 * len(alone) and all(one == other for one, other in pairs)
+    unlike = {i // 5 for i, pair in enumerate(pairs) if pair != pairs[i % 5]}
+    assert len(unlike) > 0.8 * len(mutants)
 
 
 def test_the_same_change_in_two_equal_lines_has_two_ids():

@@ -10,7 +10,6 @@ import re
 import select
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -22,7 +21,7 @@ from tools.mutants.rules import Mutant
 
 FOLDER = host_sim.ROOT / "build" / "mutants"
 RESULTS = FOLDER / "results.jsonl"
-TESTS = ("tests/test_cuda_on_cpu.py", "tests/test_varlen.py", "sparse_attn_jax/testing/*.py", "tools/mutants/checks.py")
+TESTS = ("tests/test_cuda*_on_cpu.py", "tests/test_varlen.py", "sparse_attn_jax/testing/*.py", "tools/mutants/*checks.py")
 
 
 def parse() -> argparse.Namespace:
@@ -50,10 +49,10 @@ def main() -> int:
         return len(problems) > 0
     FOLDER.mkdir(parents=True, exist_ok=True)
     results = Results(fresh=options.fresh)
-    todo = [mutant for mutant in mutants if re.search(options.only, mutant.id) and results.verdict(mutant) is None]
+    todo = {mutant.id for mutant in mutants if re.search(options.only, mutant.id) and results.verdict(mutant) is None}
     print(f"{len(mutants)} mutants, {len(todo)} to test", flush=True)
     if todo:
-        Session(results, options.timeout).run(todo, options.jobs)
+        Session(results, options.timeout).run(by_path, todo, options.jobs)
     verdicts = {mutant.id: results.verdict(mutant) for mutant in mutants}
     missing = sum(verdict is None for verdict in verdicts.values())
     if missing:
@@ -120,11 +119,11 @@ class Worker:
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         self.process = subprocess.Popen(command, cwd=host_sim.ROOT, env=os.environ | cache, **pipes)
 
-    def judge(self, made: Path, archs: list[str]) -> dict:
-        """The verdict on one compiled library."""
+    def judge(self, made: Path, mutant: int, kernels: list[str]) -> dict:
+        """The verdict on a mutant of a compiled library, on the checks of these kernels."""
         if self.process is None:
             self.start()
-        self.process.stdin.write(json.dumps(dict(library=str(made), archs=archs)).encode() + b"\n")
+        self.process.stdin.write(json.dumps(dict(library=str(made), mutant=mutant, kernels=kernels)).encode() + b"\n")
         self.process.stdin.flush()
         check = None
         while True:
@@ -164,59 +163,60 @@ class Session:
     def __init__(self, results: Results, timeout: float):
         self.results, self.timeout = results, timeout
         self.objects = Objects(FOLDER / "unchanged")
-        self.workers = queue.SimpleQueue()
+        self.idle = queue.SimpleQueue()
         self.counts = dict.fromkeys(report.VERDICTS, 0)
 
-    def run(self, todo: list[Mutant], jobs: int) -> None:
+    def run(self, by_path: dict[str, list[Mutant]], todo: set[str], jobs: int) -> None:
+        """Tests the mutants whose ids are in `todo`."""
         unchanged = self.objects.compile_all()
         workers = [Worker(unchanged, self.timeout) for _ in range(jobs)]
+        for worker in workers:
+            self.idle.put(worker)
         try:
-            self.expect_unchanged_passes(workers[0], unchanged)
-            for worker in workers:
-                self.workers.put(worker)
             self.start = time.monotonic()
             with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-                for mutant, result in pool.map(self.test, todo):
-                    self.results.add(mutant, result)
-                    self.tell(mutant, result, len(todo))
-            # Had a mutant harmed the process that tests them all, this would show it.
-            self.expect_unchanged_passes(workers[0], unchanged)
+                for path, mutants in by_path.items():
+                    mine = [mutant for mutant in mutants if mutant.id in todo]
+                    if mine:
+                        self.test_source(path, mutants, mine, pool, len(todo))
         finally:
             for worker in workers:
                 worker.stop()
 
-    def expect_unchanged_passes(self, worker: Worker, unchanged: Path) -> None:
-        print("the unchanged sources ...", flush=True)
-        result = worker.judge(unchanged, archs_of(""))
-        if result["verdict"] != report.SURVIVED:
-            raise RuntimeError(f"the unchanged sources fail the check {result['check']!r}: {result}")
+    def test_source(self, path: str, mutants: list[Mutant], todo: list[Mutant], pool, total: int) -> None:
+        made, broken = self.objects.compile_mutants(mutants)
+        for mutant in todo:
+            if mutant in broken:
+                self.add(mutant, dict(verdict="does not compile", check=None, message="", seconds=0), total)
+        kernels = [str(source.relative_to(CSRC)) for source in self.objects.reached_by(path)]
+        judge = lambda number: self.judge(made, number, kernels)
+        self.expect_unchanged_passes(judge(0), path)
+        todo = [mutant for mutant in todo if mutant not in broken]
+        for mutant, result in zip(todo, pool.map(judge, [mutants.index(mutant) + 1 for mutant in todo])):
+            self.add(mutant, result, total)
+        # Had a mutant harmed the process that tests them all, this would show it.
+        self.expect_unchanged_passes(judge(0), path)
 
-    def test(self, mutant: Mutant) -> tuple[Mutant, dict]:
+    def judge(self, made: Path, number: int, kernels: list[str]) -> dict:
+        worker = self.idle.get()
         start = time.monotonic()
-        with tempfile.TemporaryDirectory() as folder:
-            made = self.objects.compile_mutant(mutant, Path(folder))
-            if made is None:
-                result = dict(verdict="does not compile", check=None, message="")
-            else:
-                worker = self.workers.get()
-                try:
-                    result = worker.judge(made, archs_of(mutant.path))
-                finally:
-                    self.workers.put(worker)
-        return mutant, result | dict(seconds=round(time.monotonic() - start, 1))
+        try:
+            return worker.judge(made, number, kernels) | dict(seconds=round(time.monotonic() - start, 1))
+        finally:
+            self.idle.put(worker)
 
-    def tell(self, mutant: Mutant, result: dict, total: int) -> None:
+    def expect_unchanged_passes(self, result: dict, path: str) -> None:
+        if result["verdict"] != report.SURVIVED:
+            raise RuntimeError(f"the unchanged {path} fails: {result}")
+        print(f"the unchanged {path} passes, in {result['seconds']} s", flush=True)
+
+    def add(self, mutant: Mutant, result: dict, total: int) -> None:
+        self.results.add(mutant, result)
         self.counts[result["verdict"]] += 1
         done = sum(self.counts.values())
         left = (time.monotonic() - self.start) / done * (total - done)
         line = f"{done}/{total}, {self.counts[report.SURVIVED]} survived, {left / 60:.0f} min left; "
         print(f"{line}{mutant.id}: {result['verdict']} {result['check'] or ''}", flush=True)
-
-
-def archs_of(path: str) -> list[str]:
-    """The folders of kernels that a source is part of."""
-    folders = sorted({source.parent.name for source in CSRC.glob("sm*/launchers.cu")})
-    return [path.split("/")[0]] if path.split("/")[0] in folders else folders
 
 
 if __name__ == "__main__":

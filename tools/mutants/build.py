@@ -1,5 +1,7 @@
-"""Compiles the simulator with one source changed. Of the kernels' variants only a few are compiled, and what a change does not
-reach is compiled once."""
+"""Compiles the simulator with all mutants of one source in it, between which a variable chooses.
+
+Of the kernels' variants only a few are compiled, and what the source does not reach is compiled once.
+"""
 
 import concurrent.futures
 import dataclasses
@@ -10,12 +12,12 @@ from pathlib import Path
 import jax
 
 from sparse_attn_jax.implementations.cuda import host_sim
-from tools.mutants.rules import Mutant
+from tools.mutants.rules import SWITCH, Mutant, with_switch
 
 CSRC = host_sim.CSRC
 FLAGS = ("-std=c++20", "-fPIC", "-w", "-fno-gnu-unique", "-x", "c++")
 
-# By head_dim the KV block sizes: every path through the kernels, no more. Blocks of 128 have the kernels of 64.
+# By head_dim the KV block sizes: every path through the kernels, no more. Blocks of 128 have the SM80 kernels of 64.
 VARIANTS = {64: (16, 64, 128), 256: (64,)}
 DTYPE = "bfloat16"
 
@@ -25,55 +27,76 @@ def mutated_sources() -> list[Path]:
     return [path for path in sorted(CSRC.glob("*/*.cuh")) if path.name != "ptx.cuh"]
 
 
-def with_few_variants(launchers: str) -> str:
-    """The text of a `launchers.cu` that adds only `VARIANTS`."""
+def kernel_sources() -> list[Path]:
+    """The files that start kernels: what reaches a mutant is what includes its source."""
+    return [path for path in host_sim.sources() if path.suffix == ".cu"]
+
+
+def with_few_variants(source: str) -> str:
+    """The text of a source that starts kernels, with `VARIANTS` only."""
 
     def few(match):
         sizes = [size for size in VARIANTS.get(int(match[1]), ()) if str(size) in match[2].split(", ")]
         return f"add<T, {match[1]}, {', '.join(map(str, sizes))}>(to);" if sizes else ""
 
-    text = re.sub(r"\badd<T, (\d+), ([\d, ]+)>\(to\);", few, launchers)
-    return text.replace("add_dtype<ptx::Float16>(made);", "")
+    text = re.sub(r"\badd<T, (\d+), ([\d, ]+)>\(to\);", few, source)
+    text = text.replace("add_dtype<ptx::Float16>(made);", "")
+    entry = re.compile(r"\{\{\d+, Dtype::k(\w+), (\d+)\}, .*\},\n")
+    keep = lambda match: match[0] if match[1].lower() == DTYPE and int(match[2]) in VARIANTS else ""
+    return entry.sub(keep, text)
 
 
 @dataclasses.dataclass(frozen=True)
 class Objects:
-    """The unchanged library's parts, compiled to `folder`."""
+    """The parts of the library, compiled to `folder`."""
 
     folder: Path
 
     def compile_all(self) -> Path:
         """Compiles everything; returns the unchanged library."""
-        for source in self.sources():
-            if source.suffix == ".cu":
-                copy = self.copy_of(source)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                copy.write_text(with_few_variants(source.read_text()))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for source in kernel_sources():
+            copy = self.copy_of(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_text(with_few_variants(source.read_text()))
+        (self.folder / "switch.cc").write_text(f'extern "C" int {SWITCH};\nint {SWITCH} = 0;\n')
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             for error in pool.map(lambda source: self.compile(source, self.object_of(source), self.folder), self.sources()):
                 if error:
                     raise RuntimeError(f"the unchanged sources do not compile:\n{error}")
-        made = self.folder / "unchanged.so"
-        self.link({}, made)
-        return made
+        return self.link({}, self.folder / "unchanged.so")
 
-    def compile_mutant(self, mutant: Mutant, folder: Path) -> Path | None:
-        """The library with a mutant, in a folder of its own; `None` if it does not compile."""
-        changed = folder / mutant.path
-        changed.parent.mkdir(parents=True, exist_ok=True)
-        changed.write_text(mutant.apply((CSRC / mutant.path).read_text()))
-        replaced = {}
-        for source in self.sources():
-            if self.depends_on(source, mutant.path):
-                replaced[source] = folder / f"{source.parent.name}_{source.stem}.o"
-                if self.compile(source, replaced[source], folder):
-                    return None
-        made = folder / "mutant.so"
-        self.link(replaced, made)
-        return made
+    def compile_mutants(self, mutants: list[Mutant]) -> tuple[Path, list[Mutant]]:
+        """The library with all mutants of one source, numbered from 1 on; and those that do not compile, which it lacks."""
+        path = mutants[0].path
+        folder = self.folder / "mutants" / path
+        folder.mkdir(parents=True, exist_ok=True)
+        numbers = {mutant.id: i for i, mutant in enumerate(mutants, 1)}
+        replaced = {source: folder / self.object_of(source).name for source in self.reached_by(path)}
+
+        def compiles(some: list[Mutant]) -> bool:
+            changed = folder / path
+            changed.parent.mkdir(parents=True, exist_ok=True)
+            changed.write_text(with_switch((CSRC / path).read_text(), some, numbers))
+            return not any(self.compile(source, to, folder) for source, to in replaced.items())
+
+        def which_compile(some: list[Mutant]) -> list[Mutant]:
+            if compiles(some):
+                return some
+            half = len(some) // 2
+            return [*which_compile(some[:half]), *which_compile(some[half:])] if half else []
+
+        good = which_compile(mutants)
+        if len(good) < len(mutants) and not compiles(good):
+            raise RuntimeError(f"the mutants of {path} compile in parts but not together")
+        return self.link(replaced, folder / "mutants.so"), [mutant for mutant in mutants if mutant not in good]
+
+    def reached_by(self, path: str) -> list[Path]:
+        """The sources that include `path`."""
+        return [source for source in self.sources() if f"/{path}" in self.object_of(source).with_suffix(".d").read_text()]
 
     def sources(self) -> list[Path]:
-        return host_sim.sources()
+        return [*host_sim.sources(), self.folder / "switch.cc"]
 
     def copy_of(self, source: Path) -> Path:
         return self.folder / "few" / source.relative_to(CSRC)
@@ -81,19 +104,14 @@ class Objects:
     def object_of(self, source: Path) -> Path:
         return self.folder / f"{source.parent.name}_{source.stem}.o"
 
-    def depends_on(self, source: Path, path: str) -> bool:
-        return f"/{path}" in self.object_of(source).with_suffix(".d").read_text()
-
     def compile(self, source: Path, to: Path, overlay: Path) -> str:
         """Files in `overlay` stand for those of csrc. Returns the compiler's errors."""
-        is_kernel = source.suffix == ".cu"
-        # Kernels are compiled once per mutant and run for seconds, the simulator is compiled once.
-        options = [*FLAGS, "-O1" if is_kernel else "-O2", "-MMD", f"-I{overlay}", f"-I{CSRC}"]
-        file = self.copy_of(source) if is_kernel else source
-        command = [host_sim.COMPILER, *options, "-isystem", jax.ffi.include_dir(), "-c", file, "-o", to]
-        done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+        file = self.copy_of(source) if source.suffix == ".cu" else source
+        command = [host_sim.COMPILER, *FLAGS, "-O2", "-MMD", f"-I{overlay}", f"-I{CSRC}", "-isystem", jax.ffi.include_dir()]
+        done = subprocess.run([*map(str, command), "-c", str(file), "-o", str(to)], capture_output=True, text=True)
         return done.stderr if done.returncode else ""
 
-    def link(self, replaced: dict[Path, Path], to: Path) -> None:
+    def link(self, replaced: dict[Path, Path], to: Path) -> Path:
         objects = [str(replaced.get(source, self.object_of(source))) for source in self.sources()]
         subprocess.run([host_sim.COMPILER, "-shared", *objects, "-o", str(to)], check=True)
+        return to

@@ -65,7 +65,7 @@ def report_text(mutants: Mapping[str, list[Mutant]], verdicts: Mapping[str, str]
 
 def survivor_lines(mutant: Mutant, reason: str) -> list[str]:
     before, after = (" ".join(text.split()) for text in (mutant.before, mutant.after))
-    change = f"`{before}` becomes `{after}`" if after else f"`{before}` removed"
+    change = f"`{before}` removed" if after in ("", ";") else f"`{before}` becomes `{after}`"
     return [f"- `{mutant.id}`: {change} in", f"  `{mutant.line}`", f"  Reason: {reason}"]
 
 

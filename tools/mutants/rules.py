@@ -1,4 +1,4 @@
-"""Finds what can be broken in a CUDA source: one small change of the text per mutant.
+"""Finds what can be broken in a CUDA source: one small change of the text per mutant. And writes a text that has them all.
 
 The rules read tokens, not a grammar. They rely on clang-format, which the sources pass: an operator with two operands has
 spaces on both sides, and the brackets of a template have not.
@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 TOKEN = re.compile(
     r"""
@@ -33,6 +33,7 @@ ENDS_OF = {
     "||": ENDS | {"||"},
     "&&": ENDS | {"||", "&&"},
     "&": ENDS | {"||", "&&", "|", "^", "&"},
+    "%": ENDS | {"||", "&&", "|", "^", "&", "+", "-", "<<", ">>"} | COMPARISONS,
     "compare": ENDS | {"||", "&&", "|", "^", "&"} | COMPARISONS,
 }
 # Statements that are not deleted: their first word.
@@ -51,6 +52,8 @@ class Mutant:
     end: int
     before: str
     after: str
+    whole: tuple[int, int]  # the expression or statement that changes
+    whole_after: str
     line: str  # the source's line that changes, without indentation and comments
     id: str
 
@@ -68,29 +71,79 @@ class Token:
     is_spaced: bool  # white space before and after
 
 
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """Tokens [start, end) replaced, in the expression or statement [first, last)."""
+
+    start: int
+    end: int
+    after: str
+    first: int
+    last: int
+
+
 def find_mutants(path: str, source: str) -> list[Mutant]:
     """Every mutant of a source, in the order of the text."""
     tokens = tokenize(source)
     changes = {}
     for function, first, last in functions(tokens):
-        for start, end, after in Function(tokens, first, last).changes():
-            begin, stop = tokens[start].start, tokens[end - 1].end
-            changes.setdefault((begin, stop, after), function)
+        for change in Function(tokens, first, last).changes():
+            changes.setdefault((tokens[change.start].start, tokens[change.end - 1].end, change.after), (function, change))
     mutants, seen = [], {}
-    for (start, end, after), function in sorted(changes.items()):
+    for (start, end, after), (function, change) in sorted(changes.items(), key=lambda item: item[0]):
         before = source[start:end]
         line = source[source.rfind("\n", 0, start) + 1 : source.find("\n", end)]
         line = " ".join(re.sub(r"//[^\n]*", "", line).split())
         text = "\0".join((line, " ".join(before.split()), after))
         number = seen[function, text] = seen.get((function, text), -1) + 1
         digest = hashlib.sha256(f"{text}\0{number}".encode()).hexdigest()[:8]
-        mutants.append(Mutant(path, function, start, end, before, after, line, f"{path}:{function}:{digest}"))
+        whole = tokens[change.first].start, tokens[change.last - 1].end
+        whole_after = f"{join(tokens[change.first : change.start])} {after} {join(tokens[change.end : change.last])}"
+        name = f"{path}:{function}:{digest}"
+        mutants.append(Mutant(path, function, start, end, before, after, whole, whole_after, line, name))
     return mutants
+
+
+# The variable that says which mutant runs: its place in the list, from 1 on, or 0 for the source as it is.
+SWITCH = "sparse_attn_mutant"
+
+
+def with_switch(source: str, mutants: list[Mutant], numbers: Mapping[str, int]) -> str:
+    """The source with all mutants in it, of which `SWITCH` chooses one. Lines stay where they are."""
+    places = {}
+    for mutant in mutants:
+        places.setdefault(mutant.whole, []).append((numbers[mutant.id], mutant.whole_after))
+    ordered = sorted(places.items(), key=lambda item: (item[0][0], -item[0][1]))
+    return f'extern "C" int {SWITCH}; ' + rewritten(source, 0, len(source), ordered)
+
+
+def rewritten(source: str, start: int, end: int, places: list) -> str:
+    """[start, end) of the source, with the alternatives [((start, end), [(number, text)])] in it."""
+    text = ""
+    while places:
+        (begin, stop), alternatives = places[0]
+        inner = [place for place in places[1:] if place[0][0] < stop]
+        if any(place[0][1] > stop for place in inner):
+            raise ValueError(f"two changes overlap: {source[begin:stop]!r}")
+        own = rewritten(source, begin, stop, inner)
+        is_statement = own.endswith(";")
+        for number, after in alternatives:
+            if is_statement:
+                own = f"{{ if ({SWITCH} == {number}) {{ {after} }} else {{ {own} }} }}"
+            else:
+                own = f"({SWITCH} == {number} ? ({after}) : ({own}))"
+        text += source[start:begin] + own
+        start, places = stop, places[1 + len(inner) :]
+    return text + source[start:end]
 
 
 def code_digest(source: str) -> str:
     """Changes with the code, not with comments and white space."""
-    return hashlib.sha256(" ".join(token.text for token in tokenize(source)).encode()).hexdigest()[:12]
+    return hashlib.sha256(join(tokenize(source)).encode()).hexdigest()[:12]
+
+
+def join(tokens: list[Token]) -> str:
+    return " ".join(token.text for token in tokens)
 
 
 def tokenize(source: str) -> list[Token]:
@@ -198,8 +251,7 @@ class Function:
         self.partner = partners(tokens[:last])
         self.fixed = [*self.compile_time_parts()]
 
-    def changes(self) -> Iterator[tuple[int, int, str]]:
-        """(first token, token after the last, new text)."""
+    def changes(self) -> Iterator[Change]:
         for rule in (
             self.deleted_statements,
             self.conditions,
@@ -212,9 +264,11 @@ class Function:
             self.longer_waits,
             self.factors,
         ):
-            for start, end, after in rule():
-                if not self.is_fixed(start):
-                    yield start, end, after
+            yield from (change for change in rule() if not self.is_fixed(change.start))
+
+    def whole(self, start: int, end: int, after: str) -> Change:
+        """A change of an entire expression."""
+        return Change(start, end, after, start, end)
 
     # --- what the rules are made of ---
 
@@ -242,7 +296,7 @@ class Function:
         text = self.text(i)
         if text in COMPARISONS or text == "&":
             return text in stops and self.tokens[i].is_spaced
-        return text in stops
+        return text in stops or text in ("SPARSE_ATTN_HERE", "SPARSE_ATTN_AT")
 
     def left(self, i: int, stops: set[str]) -> int:
         """The first token of the operand that ends before token i."""
@@ -326,7 +380,7 @@ class Function:
             if not words or words[0] in KEPT | CONTROL | COMPILE_TIME or words[0] == "static_cast":
                 continue
             if self.is_call(start, end) or self.is_assignment(start, end) or "++" in (words[0], words[-1]):
-                yield start, end, ""
+                yield self.whole(start, end + 1, ";")
 
     def is_call(self, start: int, end: int) -> bool:
         if self.text(end - 1) != ")":
@@ -359,20 +413,25 @@ class Function:
         for i in self.where("if", "while"):
             if self.text(i + 1) == "(":
                 for value in ("true", "false") if self.text(i) == "if" else ("false",):
-                    yield i + 2, self.partner[i + 1], value
+                    yield self.whole(i + 2, self.partner[i + 1], value)
 
     def operands(self):
         """One operand of && or || dropped."""
         for operator, neutral in (("&&", "true"), ("||", "false")):
             for i in self.operators(operator):
-                yield self.left(i, ENDS_OF[operator]), i, neutral
-                yield i + 1, self.right(i, ENDS_OF[operator]), neutral
+                yield self.whole(self.left(i, ENDS_OF[operator]), i, neutral)
+                yield self.whole(i + 1, self.right(i, ENDS_OF[operator]), neutral)
 
     def boundaries(self):
         """< is <=, and the like."""
         for i in self.operators(*BOUNDARY_OF_COMPARISON):
             if not self.is_unrolled(i) and not self.is_clamp(i):
-                yield i, i + 1, BOUNDARY_OF_COMPARISON[self.text(i)]
+                start, end = self.comparison(i)
+                yield Change(i, i + 1, BOUNDARY_OF_COMPARISON[self.text(i)], start, end)
+
+    def comparison(self, i: int) -> tuple[int, int]:
+        """The expression whose operator is token i."""
+        return self.left(i, ENDS_OF["compare"]), self.right(i, ENDS_OF["compare"])
 
     def is_unrolled(self, i: int) -> bool:
         """Whether a comparison bounds a loop by a constant."""
@@ -383,7 +442,7 @@ class Function:
 
     def is_clamp(self, i: int) -> bool:
         """Whether a comparison chooses between the two values that it compares: where they are equal both are right."""
-        start, end = self.left(i, ENDS_OF["compare"]), self.right(i, ENDS_OF["compare"])
+        start, end = self.comparison(i)
         if self.text(end) != "?":
             return False
         colon = self.right(end, {":"})
@@ -393,12 +452,12 @@ class Function:
     def bare_comparisons(self):
         """A comparison that stands alone is true or false."""
         for i in self.operators(*COMPARISONS):
-            start, end = self.left(i, ENDS_OF["compare"]), self.right(i, ENDS_OF["compare"])
+            start, end = self.comparison(i)
             before, after = self.text(start - 1), self.text(end)
             if before in ("=", "return", "(", ",", "{") and after in ";),}" and self.condition_of(start - 1) is None:
                 if self.condition_of(self.enclosing(i)) != "for":
-                    yield start, end, "true"
-                    yield start, end, "false"
+                    yield self.whole(start, end, "true")
+                    yield self.whole(start, end, "false")
 
     def choices(self):
         """One side of c ? x : y."""
@@ -414,30 +473,33 @@ class Function:
                     colon = self.partner[colon]
             end = self.right(colon, {",", ";", ":", ")", "]", "}"})
             for first, last in ((i + 1, colon), (colon + 1, end)):
-                yield start, end, f"({self.source(first, last)})"
+                yield self.whole(start, end, f"({self.source(first, last)})")
 
     def source(self, start: int, end: int) -> str:
-        return " ".join(token.text for token in self.tokens[start:end])
+        return join(self.tokens[start:end])
 
     def remainders(self):
         """x % n is x."""
         for i in self.operators("%"):
-            yield i, self.primary_end(i + 1), ""
+            end = self.primary_end(i + 1)
+            yield Change(i, end, "", self.left(i, ENDS_OF["%"]), end)
 
     def bit_masks(self):
         """x & mask is x."""
         for i in self.operators("&"):
-            yield i, self.right(i, ENDS_OF["&"]), ""
+            end = self.right(i, ENDS_OF["&"])
+            yield Change(i, end, "", self.left(i, ENDS_OF["&"] - {"&"}), end)
 
     def longer_waits(self):
         """wait<n> leaves n + 1 under way."""
         for i in self.where("<"):
             if "wait" in self.text(i - 1) and not self.tokens[i].is_spaced:
                 end = next(j for j in range(i, self.last) if self.text(j) == ">")
-                yield i + 1, end, f"({self.source(i + 1, end)}) + 1"
+                first, semicolon = next((a, b) for a, b in self.statements if a <= i < b)
+                yield Change(i + 1, end, f"({self.source(i + 1, end)}) + 1", first, semicolon + 1)
 
     def factors(self):
         """A factor that sums are multiplied by is 1."""
         for i in self.where("="):
             if "factor" in self.text(i - 1):
-                yield i + 1, self.right(i, {";", ","}), "1"
+                yield self.whole(i + 1, self.right(i, {";", ","}), "1")
