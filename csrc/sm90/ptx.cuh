@@ -291,15 +291,6 @@ __device__ __forceinline__ void store_matrix_transposed(
 
 // ---- Warps and warpgroups.
 
-// The number of the lowest bit that is set, of which there must be one.
-__device__ __forceinline__ int lowest_bit(std::uint32_t bits) {
-#if SPARSE_ATTN_HOST_SIM
-  return std::countr_zero(bits);
-#else
-  return __ffs(static_cast<int>(bits)) - 1;
-#endif
-}
-
 // True in one lane of the warp, always the same one, and not known which.
 __device__ __forceinline__ bool elect_one(SPARSE_ATTN_ONLY_AT) {
 #if SPARSE_ATTN_HOST_SIM

@@ -38,67 +38,6 @@ struct alignas(8) Strip {
   __device__ static Strip none() { return {-1, 0}; }
 };
 
-// The strips of which some row chose the block of a list, in the list's order. All lanes of a warp
-// call these.
-class Strips {
- public:
-  __device__ Strips(const AttentionInputs& in, const InverseList& list, int batch, int kv_head)
-      : in_(in),
-        list_(list),
-        batch_(batch),
-        kv_head_(kv_head),
-        rows_(StripBox(in.shape, in.plan).rows()),
-        strips_per_tile_(Tile::slices_per_tile(in.shape, in.plan, rows_)) {}
-
-  __device__ Tile tile(int strip) const {
-    return Tile(in_.shape, in_.plan, rows_, batch_, kv_head_, strip);
-  }
-
-  __device__ Strip next() {
-    while (chosen_ == 0) {
-      if (entry_ >= list_.count()) return Strip::none();
-      look();
-    }
-    const int lane = ptx::lowest_bit(chosen_);
-    chosen_ &= chosen_ - 1;
-    return {ptx::shuffle(own_.index, lane), ptx::shuffle(own_.slot, lane)};
-  }
-
- private:
-  // At the next 32 strips of all tiles of the list, one per lane.
-  __device__ void look() {
-    const int offset = offset_ + ptx::lane_index();
-    own_ = Strip::none();
-    if (entry_ + offset / strips_per_tile_ < list_.count()) {
-      const InverseList::Entry entry = list_.at(entry_ + offset / strips_per_tile_);
-      if (entry.tile >= 0) {
-        const Strip strip = {entry.tile * strips_per_tile_ + offset % strips_per_tile_, entry.slot};
-        if (any_chose(strip)) own_ = strip;
-      }
-    }
-    chosen_ = ptx::ballot(own_.exists());
-    entry_ += (offset_ + 32) / strips_per_tile_;
-    offset_ = (offset_ + 32) % strips_per_tile_;
-  }
-
-  __device__ bool any_chose(const Strip& strip) const {
-    const Tile rows = tile(strip.index);
-    const std::int64_t slot = rows.list_offset(in_.plan) * in_.plan.capacity + strip.slot;
-    for (int row = 0; row < rows.num_rows; row += in_.plan.row_group_heads) {
-      if (chose(in_.plan, rows, row, slot)) return true;
-    }
-    return false;
-  }
-
-  const AttentionInputs& in_;
-  const InverseList& list_;
-  int batch_, kv_head_, rows_, strips_per_tile_;
-  std::int64_t entry_ = 0;  // where the next look begins, and at which strip of the entry's tile
-  int offset_ = 0;
-  Strip own_ = Strip::none();
-  std::uint32_t chosen_ = 0;  // lanes with a strip that `next` has not returned yet
-};
-
 // What a stage holds.
 enum class Content {
   kNothing,  // the list is over
@@ -213,35 +152,77 @@ class RowStream {
   // By the producer's first warp: starts the copies of all rows of the list.
   __device__ void copy(const AttentionInputs& in, const InverseList& list, int batch, int kv_head,
                        const TensorMap& query_map, const TensorMap& d_out_map) const {
-    const bool is_first_lane = ptx::lane_index() == 0;
     const StripBox box(in.shape, in.plan);
-    Strips strips(in, list, batch, kv_head);
-    int step = 0;
-    for (Strip strip = strips.next(); strip.exists(); ++step) {
+    const int strips_per_tile = Tile::slices_per_tile(in.shape, in.plan, box.rows()),
+              strips_per_stage = box.strips_per_stage(), lane = ptx::lane_index();
+    int step = 0, filled = 0;  // strips of the stage
+    const auto start_stage = [&] {
       stages_.wait_empty(step);
-      if (is_first_lane) {
+      if (lane == 0) {
         ptx::mbarrier_arrive_expect(stages_.full(step),
-                                    2 * box.strips_per_stage() * box.rows() * 2 * kHeadDim);
+                                    2 * strips_per_stage * box.rows() * 2 * kHeadDim);
       }
-      for (int i = 0; i < box.strips_per_stage(); ++i) {
-        if (is_first_lane) {
-          ptx::store_shared(strip_address(step, i), strip);
-          // Where there is no strip, tokens beyond the array: zeros.
-          const Tile tile = strips.tile(strip.exists() ? strip.index : 0);
-          const int at[5] = {0, tile.first_row % tile.group_size, kv_head,
-                             strip.exists() ? tile.token(0) : in.shape.q_len, batch};
-          const int row = i * box.stride();
-          load_rows<Rows>(query(step), row, query_map, at, stages_.full(step));
-          load_rows<Rows>(d_out(step), row, d_out_map, at, stages_.full(step));
+      ptx::sync_warp();  // the barrier knows of the bytes before they come
+    };
+    const auto end_stage = [&] {
+      ptx::sync_warp();  // all strips have been stored
+      if (lane == 0) ptx::mbarrier_arrive(strip_barrier(step));
+      ++step;
+      filled = 0;
+    };
+    // By a lane: one of the strips.
+    const auto start_copies = [&](const Strip& strip, int i, int token, int head) {
+      ptx::store_shared(strip_address(step, i), strip);
+      const int at[5] = {0, head, kv_head, token, batch};
+      load_rows<Rows>(query(step), i * box.stride(), query_map, at, stages_.full(step));
+      load_rows<Rows>(d_out(step), i * box.stride(), d_out_map, at, stages_.full(step));
+    };
+
+    // Each lane looks at one of 32 strips, of the tiles from `entry` on, the first of which has
+    // `offset` strips that have been looked at.
+    int offset = 0;
+    for (std::int64_t entry = 0; entry < list.count();) {
+      const int strips_before = offset + lane;
+      Strip own = Strip::none();
+      int token = 0, head = 0;
+      if (entry + strips_before / strips_per_tile < list.count()) {
+        const InverseList::Entry of_lane = list.at(entry + strips_before / strips_per_tile);
+        if (of_lane.tile >= 0) {
+          const int index = of_lane.tile * strips_per_tile + strips_before % strips_per_tile;
+          const Tile tile(in.shape, in.plan, box.rows(), batch, kv_head, index);
+          if (any_chose(in.plan, tile, of_lane.slot)) own = {index, of_lane.slot};
+          token = tile.token(0);
+          head = tile.first_row % tile.group_size;
         }
-        strip = strips.next();
       }
-      if (is_first_lane) ptx::mbarrier_arrive(strip_barrier(step));
+      entry += (offset + 32) / strips_per_tile;
+      offset = (offset + 32) % strips_per_tile;
+
+      // Those that chose the block go to the stage, and to the next ones when it is full.
+      const std::uint32_t chosen = ptx::ballot(own.exists());
+      const int count = ptx::count_bits(chosen),
+                number = ptx::count_bits(chosen & ((1u << lane) - 1));
+      for (int taken = 0; taken < count;) {
+        if (filled == 0) start_stage();
+        const int place = filled + number - taken;
+        if (own.exists() && number >= taken && place < strips_per_stage)
+          start_copies(own, place, token, head);
+        const int room = strips_per_stage - filled, rest = count - taken;
+        filled += rest < room ? rest : room;
+        taken += rest < room ? rest : room;
+        if (filled == strips_per_stage) end_stage();
+      }
+    }
+    if (filled > 0) {
+      // Tokens beyond the array: zeros.
+      if (lane >= filled && lane < strips_per_stage)
+        start_copies(Strip::none(), lane, in.shape.q_len, 0);
+      end_stage();
     }
     // One stage without strips for each of the warps below.
     for (const int end = step + kTableWarps; step < end; ++step) {
       stages_.wait_empty(step);
-      if (is_first_lane) {
+      if (lane == 0) {
         ptx::store_shared(strip_address(step, 0), Strip::none());
         ptx::mbarrier_arrive(stages_.full(step));
         ptx::mbarrier_arrive(strip_barrier(step));
@@ -296,6 +277,14 @@ class RowStream {
   __device__ void release(int step) const { stages_.release(step); }
 
  private:
+  __device__ static bool any_chose(const PlanParams& plan, const Tile& strip, int slot) {
+    const std::int64_t offset = strip.list_offset(plan) * plan.capacity + slot;
+    for (int row = 0; row < strip.num_rows; row += plan.row_group_heads) {
+      if (chose(plan, strip, row, offset)) return true;
+    }
+    return false;
+  }
+
   // Returns how much the row sees of the keys.
   __device__ static Visible look_up_row(const AttentionBackwardParams& p, int batch, int kv_head,
                                         int first_key, int last_key, int strip_rows,
