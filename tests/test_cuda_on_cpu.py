@@ -242,6 +242,16 @@ def test_more_heads_of_a_token_than_rows(num_q_heads, selection_heads):
     compare.assert_results_match(results_of(inputs), inputs)
 
 
+@each_arch
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_lists_of_blocks_beyond_the_window(head_dim):
+    """Most queries that chose a block see nothing of it: more in a row than the kernels hold at a time."""
+    case = dataclasses.replace(case_named("full_attention"), q_len=220, kv_len=220, num_q_heads=8, num_kv_heads=2)
+    case = dataclasses.replace(case, head_dim=head_dim, is_causal=True, local_window_size=(20, 0))
+    inputs = make_inputs(as_kernels_take_it(case))
+    compare.assert_results_match(results_of(inputs), inputs)
+
+
 def split(monkeypatch, entries: int) -> None:
     """Lists of the inverse are split that are longer than so many entries."""
     monkeypatch.setattr(attention_backward, "MIN_ENTRIES_PER_PART", entries)

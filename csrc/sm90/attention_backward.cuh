@@ -376,6 +376,10 @@ __device__ __forceinline__ void sum_gradients(KeyGradients<Config::kHeadDim>& gr
     const Content content = stream.wait(step);
     if (content == Content::kNothing) break;
     if (content == Content::kUnseen) {
+      // Nothing may be kept: after enough such stages the copies wait for what is.
+      ptx::warpgroup_wait<0>(gradients.key, gradients.value);
+      if (unreleased >= 0) stream.release(unreleased);
+      unreleased = -1;
       stream.release(step);
       continue;
     }

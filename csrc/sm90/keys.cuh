@@ -215,17 +215,26 @@ class KeyStream {
     static_assert(kKeys <= 128, "two bits for eight keys");
     const int lane = ptx::lane_index(), thread = static_cast<int>(threadIdx.x) % kWarpgroup;
     for (int distance = 4; distance < 32; distance *= 2) seen |= ptx::shuffle_xor(seen, distance);
+    struct alignas(16) Words {
+      std::uint32_t x[4];  // by lane % 4
+    };
     const std::uint32_t all_seen = headers_ + kStages * kHeaderBytes;
     if (lane < 4) ptx::store_shared(all_seen + 16 * (thread / 32) + 4 * lane, seen);
     ptx::sync_barrier(barrier, kWarpgroup);  // the other warps' are there
-    zero_rows<Chunk, kWarpgroup>(chunk, thread, [&](int key) {
-      std::uint32_t by_any = 0;
-      for (int warp = 0; warp < kConsumerWarps; ++warp) {
-        by_any |= ptx::load_shared<std::uint32_t>(all_seen + 16 * warp + key % 8 / 2 * 4);
-      }
-      return (by_any >> (key / 8 * 2 + key % 2) & 1) == 0;
-    });
-    ptx::fence_async_proxy();
+    Words by_any = {};
+    for (int warp = 0; warp < kConsumerWarps; ++warp) {
+      const auto by_warp = ptx::load_shared<Words>(all_seen + 16 * warp);
+      for (int i = 0; i < 4; ++i) by_any.x[i] |= by_warp.x[i];
+    }
+    constexpr std::uint32_t kAll = ~0u >> (32 - kKeys / 4);
+    if ((by_any.x[0] & by_any.x[1] & by_any.x[2] & by_any.x[3]) != kAll) {
+      zero_rows<Chunk, kWarpgroup>(chunk, thread, [&](int key) {
+        const std::uint32_t low = key % 4 < 2 ? by_any.x[0] : by_any.x[1],
+                            high = key % 4 < 2 ? by_any.x[2] : by_any.x[3];
+        return ((key % 8 < 4 ? low : high) >> (key / 8 * 2 + key % 2) & 1) == 0;
+      });
+      ptx::fence_async_proxy();
+    }
     ptx::sync_barrier(barrier, kWarpgroup);  // products may read all rows
   }
 

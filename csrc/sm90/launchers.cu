@@ -29,10 +29,6 @@ const AttentionVariant& of_sm80(VariantKey key) {
                        [&](const AttentionVariant& variant) { return variant.key == key; });
 }
 
-// A random call (5 query heads per KV head, a window) ended in a deadlock of key_gradient in the
-// simulator. Until that is understood the kernels of compute capability 8.0 compute all gradients.
-constexpr bool kComputesGradients = false;
-
 std::int64_t num_kv_blocks(const AttentionShape& shape) {
   return (std::int64_t{shape.kv_len} + shape.kv_block_size - 1) / shape.kv_block_size;
 }
@@ -79,7 +75,7 @@ struct Variant {
 
   static Status backward(const AttentionBackwardParams& params, const LaunchContext& context) {
     const AttentionInputs& in = params.in;
-    if (!kComputesGradients || !is_regular(in)) return of_sm80(kKey).backward(params, context);
+    if (!is_regular(in)) return of_sm80(kKey).backward(params, context);
     const auto arguments_of = [&](const SliceBox& rows, int keys) -> AttentionBackwardArguments {
       return {.params = params,
               .query = map_of_rows<T, kHeadDim>(in.query, in.shape, rows),
