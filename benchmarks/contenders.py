@@ -1,7 +1,9 @@
 """Who is measured: the library's implementations and selectors, and dense attention in JAX."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import jax
@@ -16,6 +18,8 @@ FORWARD, FORWARD_BACKWARD = "forward", "forward_backward"
 # What a contender is left when it is asked to fit into the memory that is free.
 MEMORY_SHARE = 0.6
 GIBIBYTE = 2**30
+# The environment variable that names the kernels to run.
+CUDA_ARCH = "SPARSE_ATTN_CUDA_ARCH"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,22 +57,49 @@ class Contender(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """`block_sparse_attention` by one implementation; its plan is built in every call."""
+    """`block_sparse_attention` by one implementation; its plan is built in every call.
 
-    name: str
+    Attributes:
+      implementation: its name.
+      cuda_arch: "sm80" or "sm90", the kernels that cuda runs; "" for the newest that run on the device.
+    """
+
+    implementation: str
+    cuda_arch: str = ""
     kind = "implementation"
     computes = "selected"
 
+    @property
+    def name(self) -> str:
+        return f"{self.implementation} {self.cuda_arch}".rstrip()
+
     def prepare(self, workload: Workload, made: Inputs, mode: str) -> Prepared:
         def attend(operands, selection):
-            return sa.block_sparse_attention(**operands, selection=selection, **made.options, implementation=self.name)
+            return sa.block_sparse_attention(
+                **operands, selection=selection, **made.options, implementation=self.implementation
+            )
 
-        return prepare_jax(attend, made, mode)
+        with kernels_of(self.cuda_arch):
+            return prepare_jax(attend, made, mode)
+
+
+@contextlib.contextmanager
+def kernels_of(cuda_arch: str) -> Iterator[None]:
+    """What is compiled inside has the CUDA kernels of `cuda_arch`, unless that is ""."""
+    before = os.environ.get(CUDA_ARCH)
+    try:
+        if cuda_arch:
+            os.environ[CUDA_ARCH] = cuda_arch
+        yield
+    finally:
+        os.environ.pop(CUDA_ARCH, None)
+        if before is not None:
+            os.environ[CUDA_ARCH] = before
 
 
 @dataclasses.dataclass(frozen=True)
 class Selector:
-    """The workload's selector."""
+    """The workload's selector, by the implementation that the library chooses."""
 
     implementation: str
     kind = "selector"
@@ -79,11 +110,14 @@ class Selector:
         return f"InfLLMV2 {self.implementation}"
 
     def prepare(self, workload: Workload, made: Inputs, mode: str) -> Prepared:
-        if self.implementation != "xla":
-            raise NotImplementedError("selectors run on xla only")
         query, key = made.operands["query"], made.operands["key"]
         options = {name: made.options[name] for name in ("is_causal", "q_offset") if name in made.options}
-        compiled = jax.jit(lambda query, key: workload.selector(query, key, **options).indices).lower(query, key).compile()
+        lowered = jax.jit(lambda query, key: workload.selector(query, key, **options).indices).lower(query, key)
+        # A selector has no argument for it: the library chooses.
+        chosen = "cuda" if any(target in lowered.as_text() for target in sa.CUSTOM_CALL_TARGETS) else "xla"
+        if self.implementation != chosen:
+            raise NotImplementedError(f"the library runs this selection on {chosen}")
+        compiled = lowered.compile()
 
         def call():
             jax.block_until_ready(compiled(query, key))

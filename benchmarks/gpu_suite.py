@@ -8,12 +8,17 @@ Stages:
   build        compiles the CUDA kernels for this GPU, beside the package. Needs nvcc, CMake, Ninja and pybind11.
   conformance  the tests of the kernels, which elsewhere run in a simulator, on the GPU.
   sanitizer    two of them under compute-sanitizer: accesses out of bounds, races, barriers, memory that nobody wrote.
-  benchmarks   times the kernels beside dense attention, after checking them.
+  tokens_32768, tokens_65536, tokens_131072
+               the sizes of InfLLM-v2's published times, with a list per token: times beside dense attention by cuDNN and
+               flex_attention by torch, after a check of every result.
+  blocks       the same with a list per block of queries.
+  selection    the selection beside the attention to what it chose.
 
 Each stage writes its output to OUT/STAGE.log. OUT/summary.json says how each went, also of stages run before. The exit status
 is 1 if one of them failed now.
 """
 
+import functools
 import json
 import os
 import shutil
@@ -32,10 +37,6 @@ ROOT = Path(__file__).absolute().parent.parent
 BUILD = ROOT / "build" / "gpu"
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("out", None, "Folder of the logs and the summary.", required=True)
-flags.DEFINE_list("stage", [], "Stages to run; all if empty.")
-flags.DEFINE_integer("time_limit", 480, "Seconds after which a stage is ended.", lower_bound=1)
-
 Command = Sequence[str | Path]
 
 
@@ -80,15 +81,55 @@ def sanitizer_commands(out: Path) -> list[Command]:
     return [ON_A_GPU, *([*sanitize, "--tool", tool, *test] for tool in tools)]
 
 
-def benchmark_commands(out: Path) -> list[Command]:
-    sizes = ["--q_len=8192,16384,32768", "--num_q_heads=32", "--num_kv_heads=2", "--head_dim=128", "--dtype=bfloat16"]
-    lists = ["--num_slots=64", "--num_local_blocks=32", "--implementations=cuda", "--baselines=dense-cudnn"]
-    run = [sys.executable, "-m", "benchmarks.run", *sizes, *lists, "--time_limit=30"]
-    return [ON_A_GPU, [*run, f"--json={out / 'benchmarks.json'}"]]
+# As InfLLM-v2's published times: 262,144 tokens in all, 64 blocks of 64 keys for each.
+PUBLISHED = ("--num_q_heads=32", "--num_kv_heads=2", "--head_dim=128", "--num_slots=64")
+PUBLISHED_SIZES = {32768: 8, 65536: 4, 131072: 2}  # length: batch
+MHA = ("--q_len=32768", "--num_q_heads=16", "--num_kv_heads=16", "--head_dim=128")
+
+
+def benchmark_command(result: Path, *arguments: str) -> Command:
+    command = [sys.executable, "-m", "benchmarks.run", *arguments]
+    return [*command, "--dtype=bfloat16", "--implementations=cuda", "--time_limit=20", f"--json={result}"]
+
+
+def all_kernels() -> str:
+    """A GPU of compute capability 9.0 runs the kernels of 8.0 too."""
+    return "--cuda_arch=sm90,sm80" if compute_capability() == "9.0" else "--cuda_arch=sm80"
+
+
+def token_commands(q_len: int, out: Path) -> list[Command]:
+    """A list per token: correlated lists, which neighbours share in part, and independent ones."""
+    sizes = [*PUBLISHED, f"--q_len={q_len}", f"--batch={PUBLISHED_SIZES[q_len]}", f"--dense_max_len={q_len}", all_kernels()]
+    runs = [("realistic", "--baselines=dense-cudnn,torch-flex"), ("random", "--baselines=")]
+    made = lambda generator: out / f"tokens_{q_len}_{generator}.json"
+    return [ON_A_GPU, *(benchmark_command(made(lists), *sizes, f"--generator={lists}", others) for lists, others in runs)]
+
+
+def block_commands(out: Path) -> list[Command]:
+    """A list per block of queries, of a tenth and of three quarters of all blocks, not causal."""
+    sizes = [*MHA, "--nocausal", "--generator=random", "--dense_max_len=32768", "--baselines=dense-cudnn,torch-flex"]
+    commands = []
+    for block in (64, 128):
+        for share in (0.1, 0.75):
+            slots = round(32768 / block * share)
+            lists = [f"--q_block_size={block}", f"--kv_block_size={block}", f"--num_slots={slots}"]
+            commands.append(benchmark_command(out / f"blocks_{block}_{slots}.json", *sizes, *lists, all_kernels()))
+    return [ON_A_GPU, *commands]
+
+
+def selection_commands(out: Path) -> list[Command]:
+    """The selection, beside the attention to what it chose."""
+    sizes = [*PUBLISHED, "--q_len=131072", "--batch=2", "--op=both", "--num_local_blocks=32", "--mode=forward", "--baselines="]
+    return [ON_A_GPU, benchmark_command(out / "selection_131072.json", *sizes)]
 
 
 STAGES: dict[str, Callable[[Path], list[Command]]] = dict(
-    build=build_commands, conformance=conformance_commands, sanitizer=sanitizer_commands, benchmarks=benchmark_commands
+    build=build_commands,
+    conformance=conformance_commands,
+    sanitizer=sanitizer_commands,
+    **{f"tokens_{q_len}": functools.partial(token_commands, q_len) for q_len in PUBLISHED_SIZES},
+    blocks=block_commands,
+    selection=selection_commands,
 )
 
 # For tests, each array is an allocation: an access beyond it is seen, and processes share the GPU.
@@ -156,4 +197,7 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    flags.DEFINE_string("out", None, "Folder of the logs and the summary.", required=True)
+    flags.DEFINE_list("stage", [], "Stages to run; all if empty.")
+    flags.DEFINE_integer("time_limit", 480, "Seconds after which a stage is ended.", lower_bound=1)
     app.run(main)

@@ -27,13 +27,16 @@ class Section:
     is_sweep: bool = False
 
 
-def make_contenders(op: str, implementations, baselines, dense_max_len: int) -> tuple[Contender, ...]:
+def make_contenders(op: str, implementations, baselines, dense_max_len: int, cuda_archs=()) -> tuple[Contender, ...]:
     """The contenders of those names; baselines only where attention is measured."""
     made: list[Contender] = []
     if op in ("selection", "both"):
         made += map(Selector, implementations)
     if op in ("attention", "both"):
-        made += map(Implementation, implementations)
+        for name in implementations:
+            made += (
+                [Implementation(name, arch) for arch in cuda_archs] if name == "cuda" and cuda_archs else [Implementation(name)]
+            )
         made += (make_baseline(name, dense_max_len) for name in baselines)
     return tuple(made)
 

@@ -41,13 +41,15 @@ from benchmarks.workloads import Workload, named_workload, sized_case
 from sparse_attn_jax.testing.cases import CASES
 
 IMPLEMENTATIONS = ("xla", "mosaic", "cuda")
+CUDA_ARCHS = ("sm80", "sm90")
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum(
-    "preset", None, ["readme"], "A fixed set of workloads; sizes, op, mode, baselines and cases are then not read."
+    "preset", None, ["readme"], "A fixed set of workloads; sizes, op, mode, baselines, cuda_arch and cases are then not read."
 )
 flags.DEFINE_enum("op", "attention", ["attention", "selection", "both"], "What to time. `both`: attend to what was selected.")
 flags.DEFINE_list("implementations", ["xla"], f"Our contenders, of {', '.join(IMPLEMENTATIONS)}.")
+flags.DEFINE_list("cuda_arch", [], f"Of {', '.join(CUDA_ARCHS)}: cuda is timed with the kernels of each; default: the newest.")
 flags.DEFINE_list("baselines", list(BASELINES), f"Of {', '.join(BASELINES)}; empty for none.")
 flags.DEFINE_list("cases", [], "Names of cases in sparse_attn_jax/testing/cases.py, in place of sizes.")
 flags.DEFINE_integer("batch", 1, "Sequences.", lower_bound=1)
@@ -74,9 +76,11 @@ flags.DEFINE_string("json", None, "Write every figure to this file.")
 flags.DEFINE_string("plot", None, "Write time against length to this PNG file (needs matplotlib).")
 
 
-@flags.multi_flags_validator(["implementations", "baselines", "cases", "q_len"], "")
+@flags.multi_flags_validator(["implementations", "cuda_arch", "baselines", "cases", "q_len"], "")
 def check_lists(values: dict[str, list[str]]) -> bool:
-    known = dict(implementations=IMPLEMENTATIONS, baselines=BASELINES, cases=[case.name for case in CASES])
+    known = dict(
+        implementations=IMPLEMENTATIONS, cuda_arch=CUDA_ARCHS, baselines=BASELINES, cases=[case.name for case in CASES]
+    )
     for flag, names in known.items():
         if unknown := sorted(set(values[flag]) - set(names)):
             raise flags.ValidationError(f"--{flag} has {unknown}; known are {', '.join(names)}.")
@@ -109,6 +113,8 @@ def check_flags() -> None:
     """What can be wrong with flags that are right one by one, said before the long run."""
     if FLAGS.plot and (reason := plot.why_not()):
         raise app.UsageError(reason)
+    if FLAGS.cuda_arch and "cuda" not in FLAGS.implementations:
+        raise app.UsageError(f"--cuda_arch={','.join(FLAGS.cuda_arch)} needs cuda among --implementations.")
     if FLAGS.op != "attention" and FLAGS.cases:
         raise app.UsageError("--cases come with their own lists; --op=selection and --op=both need explicit sizes.")
     if FLAGS.num_q_heads % FLAGS.num_kv_heads:
@@ -116,7 +122,7 @@ def check_flags() -> None:
 
 
 def section_of_flags() -> Section:
-    contenders = make_contenders(FLAGS.op, FLAGS.implementations, FLAGS.baselines, FLAGS.dense_max_len)
+    contenders = make_contenders(FLAGS.op, FLAGS.implementations, FLAGS.baselines, FLAGS.dense_max_len, FLAGS.cuda_arch)
     modes = BOTH_PASSES if FLAGS.mode == "both" else (FLAGS.mode,)
     if FLAGS.op == "selection":
         modes = (FORWARD,)

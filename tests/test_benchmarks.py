@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import flags
+from absl import app, flags
 from absl.testing import flagsaver
 
 import sparse_attn_jax as sa
-from benchmarks import checks, memory, presets, report, run, timing, workloads
+from benchmarks import checks, gpu_suite, memory, presets, report, run, timing, workloads
 from benchmarks.measure import TIMED, UNAVAILABLE, WRONG, Outcome, Row
+from sparse_attn_jax.implementations.cuda import library
 from sparse_attn_jax.testing import compare
 from sparse_attn_jax.testing.cases import CASES, case_named
 from sparse_attn_jax.testing.inputs import make_inputs
@@ -99,6 +101,37 @@ def test_implementation_that_cannot_run_says_why(tmp_path):
     status, data = run_cli(tmp_path, *SMALL, "--implementations=cuda", "--baselines=", "--mode=forward")
     (row,) = rows_of(data)
     assert status == 1 and row["status"] == UNAVAILABLE and "cuda" in row["reason"] and row["median_ms"] is None
+
+
+@pytest.mark.kernels
+@pytest.mark.usefixtures("cuda_on_cpu")
+def test_kernels_of_both_folders_are_timed_side_by_side(tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr(library, "asked_for", lambda: called.append(os.environ.get(library.ARCH)) or "")
+    sizes = ["--q_len=16", "--num_q_heads=1", "--num_kv_heads=1", "--head_dim=64", "--dtype=bfloat16", "--num_slots=1", *QUICK]
+    kernels = ["--implementations=xla,cuda", "--cuda_arch=sm90,sm80", "--baselines=", "--mode=forward"]
+    status, data = run_cli(tmp_path, *sizes, *kernels)
+    assert status == 0 and set(by_name(data)) == {(name, "forward") for name in ("xla", "cuda sm90", "cuda sm80")}
+    assert set(called) == {"sm90", "sm80"} and library.ARCH not in os.environ
+
+
+def test_cuda_arch_without_cuda_is_refused(tmp_path):
+    with pytest.raises(app.UsageError, match="--cuda_arch=sm80 needs cuda"):
+        run_cli(tmp_path, *SMALL, "--cuda_arch=sm80")
+
+
+@pytest.mark.parametrize("capability", ["8.0", "9.0"])
+def test_flags_of_the_gpu_suite_are_those_of_the_benchmark(capability, monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_suite, "compute_capability", lambda: capability)
+    commands = [command for stage in gpu_suite.STAGES.values() for command in stage(tmp_path)]
+    benchmarks = [command[3:] for command in commands if command[1:3] == ["-m", "benchmarks.run"]]
+    assert len(benchmarks) > 8 and any("--cuda_arch=sm90,sm80" in command for command in benchmarks) == (capability == "9.0")
+    for arguments in benchmarks:
+        with flagsaver.flagsaver():
+            flags.FLAGS(["run", *arguments])
+            run.check_flags()
+            (section,) = [run.section_of_flags()]
+        assert section.workloads and section.contenders
 
 
 def test_dense_baseline_stops_at_its_length(tmp_path):
