@@ -59,8 +59,8 @@ def compute_capability() -> str:
 # Without a GPU, JAX goes on with a CPU.
 ON_A_GPU = [sys.executable, "-c", "import jax; assert jax.default_backend() == 'gpu', jax.devices()"]
 
-# Tests of the simulator, and those that need several devices.
-NOT_ON_A_GPU = "not shard and not simulator and not export and not library and not order_of_blocks"
+# Tests of the simulator, those that need several devices, and one that runs XLA on the simulator's device.
+NOT_ON_A_GPU = "not shard and not simulator and not export and not library and not order_of_blocks and not selector_runs"
 
 
 def pytest_command(*arguments: str | Path) -> Command:
@@ -68,7 +68,7 @@ def pytest_command(*arguments: str | Path) -> Command:
 
 
 def conformance_commands(out: Path) -> list[Command]:
-    files = ["tests/test_ffi_handlers.py", "tests/test_cuda_on_cpu.py"]
+    files = ["tests/test_ffi_handlers.py", "tests/test_varlen.py", *sorted(ROOT.glob("tests/test_cuda_*on_cpu.py"))]
     workers = ["-n", "8"] if importable("xdist") else []
     return [ON_A_GPU, pytest_command(*files, *workers, "-k", NOT_ON_A_GPU, f"--junitxml={out / 'conformance.xml'}")]
 
