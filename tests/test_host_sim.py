@@ -1,7 +1,9 @@
 """The simulator that runs CUDA sources on a CPU: its own tests, in C++, also under the address and undefined sanitizers."""
 
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,8 +19,8 @@ BUILDS = {
 }
 
 
-def run(*command) -> str:
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=600)
+def run(*command, env=None) -> str:
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=600, env=env)
     assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
 
@@ -35,6 +37,38 @@ def test_host_sim(cpp_compiler, tmp_path, program, build):
     assert names and source.count("\nTEST(") == len(names)
     run(binary, *names)
     assert subprocess.run([binary, "no_such_test"], capture_output=True).returncode == 1
+
+
+# Every kernel, forward and backward, of both folders; lists that name blocks which do not exist.
+SANITIZED_TESTS = {
+    "test_cuda_on_cpu.py": "oracle and (everything or d256 or group3) or 2147483648 or 268435456",
+    "test_cuda_selection_on_cpu.py": "every_variant or empty_lengths or ties_in",
+    "test_cuda_planning_on_cpu.py": "equals_that_of_xla or do_not_exist or handlers",
+}
+
+
+def test_kernels_under_the_sanitizers(cpp_compiler):
+    """The handlers and the kernels, in a library in which the address and undefined sanitizers watch every access."""
+    # What the library needs to be there before Python is; libstdc++, because the runtime looks for its exceptions.
+    runtimes = (
+        run(cpp_compiler, f"-print-file-name={name}").strip() for name in ("libasan.so", "libubsan.so", "libstdc++.so.6")
+    )
+    library = host_sim.build(("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"))
+    settings = dict(LD_PRELOAD=":".join(runtimes), ASAN_OPTIONS="detect_leaks=0", SPARSE_ATTN_HOST_SIM=str(library))
+    for file, chosen in SANITIZED_TESTS.items():
+        tests = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            Path(__file__).parent / file,
+            "-k",
+            chosen,
+        ]
+        run(*tests, env=os.environ | settings)
 
 
 def test_another_jaxlib_gets_a_library_of_its_own(cpp_compiler, monkeypatch, tmp_path):
