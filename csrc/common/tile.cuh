@@ -34,6 +34,14 @@ struct Tile {
     return (rows + rows_per_slice - 1) / rows_per_slice;
   }
 
+  // So many rows of the slice from `row` on, where it has as many.
+  __device__ Tile part(int row, int rows) const {
+    Tile part = *this;
+    part.first_row += row;
+    part.num_rows = num_rows - row < rows ? num_rows - row : rows;
+    return part;
+  }
+
   __device__ int token(int row) const { return first_token + (first_row + row) / group_size; }
   __device__ int q_head(int row) const {
     return kv_head * group_size + (first_row + row) % group_size;

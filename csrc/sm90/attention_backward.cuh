@@ -48,34 +48,31 @@ struct LogitFactors {
 
 // ---- The gradient of queries.
 
-template <class T_, int kHeadDim_, int kBlockSize, int kKeys_, int kStages, int kBlocks_>
-struct QueryGradientConfig {
+template <class T_, int kHeadDim_, int kBlockSize, int kKeys_, int kStages, class Warpgroups_>
+struct QueryGradientConfig : Warpgroups_ {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kKeys = kKeys_;      // of a chunk
-  static constexpr int kBlocks = kBlocks_;  // of a multiprocessor
-  static constexpr int kThreads = 2 * kWarpgroup;
-  static constexpr int kRows = kProductRows;
-  static constexpr bool kMovesRegisters = kBlocks > 1;  // as `ForwardConfig`
-  static constexpr int kProducerRegisters = 72;
-  static constexpr int kConsumerRegisters = 65536 / (kBlocks * kWarpgroup) - kProducerRegisters;
-  using Rows = Matrix<kRows, kHeadDim>;
-  using RowRing = Ring<1, 2 * Rows::kBytes, kWarpgroup / 32>;  // queries, gradients of outputs
-  using Stream = KeyStream<kHeadDim, kBlockSize, kKeys, kStages>;
+  static constexpr int kKeys = kKeys_;  // of a chunk
+  static constexpr int kConsumers = Warpgroups_::kConsumers;
+  using Rows = Matrix<kProductRows, kHeadDim>;  // of a consumer
+  // Each consumer's queries and gradients of outputs.
+  using RowRing = Ring<1, kConsumers * 2 * Rows::kBytes, kConsumers * kWarpgroup / 32>;
+  using Stream = KeyStream<kHeadDim, kBlockSize, kKeys, kStages, kConsumers>;
   static constexpr int kSharedBytes = RowRing::kBytes + Stream::kBytes + RowRing::kBarrierBytes;
-  static_assert(kSharedBytes <= shared_bytes_of(kBlocks));
+  static_assert(kSharedBytes <= shared_bytes_of(Warpgroups_::kBlocks));
 };
 
 // Which pairs of a thread's two rows and the keys of a chunk are visible: bit 4 column + place for
 // what the thread has in x[column][place] of the products.
 template <class Stream>
 __device__ __forceinline__ std::uint32_t visible_pairs(const AttentionInputs& in, const Tile& tile,
-                                                       const Stream& stream, int step) {
+                                                       const Stream& stream, int step,
+                                                       int consumer) {
   static_assert(Stream::kKeys <= 64);
   const ConsumerRows rows(in, tile);
   std::uint32_t visible = 0;
   for (int column = 0; column < Stream::kKeys / 8; ++column) {
-    const Piece piece = stream.piece(step, 8 * column / Stream::kPieceKeys);
+    const Piece piece = stream.piece(step, 8 * column / Stream::kPieceKeys, consumer);
     const int first_key = piece.first_key + 8 * column % Stream::kPieceKeys;
     for (int i = 0; i < 2; ++i) {
       const int index = first_key + ptx::lane_index() % 4 * 2 + i;
@@ -101,14 +98,14 @@ __device__ __forceinline__ std::uint32_t seen_keys(std::uint32_t visible) {
   return seen;
 }
 
-// What the consumers do with a slice, from `step` on, where its chunks start. Returns the step
-// after the one that ends them.
+// What a consumer does with its part of a slice, from `step` on, where the chunks of the slice
+// start. Returns the step after the one that ends them.
 template <class Config>
 __device__ __forceinline__ int differentiate_slice(const AttentionBackwardParams& p,
                                                    const Tile& tile,
                                                    const typename Config::Stream& stream,
                                                    const typename Config::RowRing& row_ring,
-                                                   int row_step, int step) {
+                                                   int row_step, int step, int consumer) {
   using T = typename Config::T;
   using Rows = typename Config::Rows;
   using Chunk = typename Config::Stream::Chunk;
@@ -123,7 +120,8 @@ __device__ __forceinline__ int differentiate_slice(const AttentionBackwardParams
     lse[half] = ptx::load_global(p.lse + offset) * kLog2E;
     delta[half] = ptx::load_global(p.delta + offset);
   }
-  const std::uint32_t query = row_ring.stage(row_step), d_out = query + Rows::kBytes;
+  const std::uint32_t query = row_ring.stage(row_step) + consumer * 2 * Rows::kBytes,
+                      d_out = query + Rows::kBytes;
   Sums<kHeadDim> d_query = {};
   // `d_logits` are the derivatives of the probabilities at first.
   Sums<kKeys> logits, d_logits;
@@ -147,7 +145,7 @@ __device__ __forceinline__ int differentiate_slice(const AttentionBackwardParams
       SPARSE_ATTN_UNROLL
       for (int column = 0; column < kKeys / 8; ++column) {
         const int in_piece = 8 * column % Config::Stream::kPieceKeys;
-        const Piece piece = stream.piece(step, 8 * column / Config::Stream::kPieceKeys);
+        const Piece piece = stream.piece(step, 8 * column / Config::Stream::kPieceKeys, consumer);
         SPARSE_ATTN_UNROLL
         for (int place = 0; place < 4; ++place) {
           const int half = place / 2;
@@ -163,24 +161,36 @@ __device__ __forceinline__ int differentiate_slice(const AttentionBackwardParams
         }
       }
     }
-    if (kind == ChunkKind::kEdge) stream.zero_unseen(stream.keys(step), seen_keys(visible), 1);
+    if (kind == ChunkKind::kEdge)
+      stream.zero_unseen(stream.keys(step), seen_keys(visible), step, consumer);
   };
 
   row_ring.wait_full(row_step);
-  const int first_step = step;
-  for (ChunkKind kind; (kind = stream.wait_keys(step)) != ChunkKind::kEnd; ++step) {
+  int unreleased = -1;  // the step whose keys the last products read
+  const auto release_keys = [&] {
+    if (unreleased >= 0) stream.release_keys(unreleased);
+    unreleased = -1;
+  };
+  for (ChunkKind kind; (kind = stream.wait_keys(step, consumer)) != ChunkKind::kEnd; ++step) {
+    if (kind == ChunkKind::kUnseen) {
+      ptx::warpgroup_wait<0>(d_query);
+      release_keys();
+      stream.skip(step);
+      continue;
+    }
     ptx::warpgroup_fence(logits);
     multiply_transposed<T, Rows, Chunk>(logits, query, 0, stream.keys(step));
     ptx::warpgroup_commit();
     // The sums of the chunk before are over.
     ptx::warpgroup_wait<1>(d_query);
-    if (step > first_step) stream.release_keys(step - 1);
+    release_keys();
+    unreleased = step;
     stream.wait_values(step);
     ptx::warpgroup_fence(d_logits);
     multiply_transposed<T, Rows, Chunk>(d_logits, d_out, 0, stream.values(step));
     ptx::warpgroup_commit();
     std::uint32_t visible = ~0u;
-    if (kind != ChunkKind::kPlain) visible = visible_pairs(in, tile, stream, step);
+    if (kind != ChunkKind::kPlain) visible = visible_pairs(in, tile, stream, step, consumer);
     ptx::warpgroup_wait<0>(logits, d_logits);
     stream.release_values(step);
     differentiate(kind, visible);
@@ -190,11 +200,9 @@ __device__ __forceinline__ int differentiate_slice(const AttentionBackwardParams
     ptx::warpgroup_commit();
   }
   ptx::warpgroup_wait<0>(d_query);
-  if (step > first_step) stream.release_keys(step - 1);
+  release_keys();
   row_ring.release(row_step);
-  stream.release_keys(step);
-  stream.wait_values(step);
-  stream.release_values(step);
+  stream.skip(step);
 
   SPARSE_ATTN_UNROLL
   for (int half = 0; half < 2; ++half) {
@@ -211,12 +219,10 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     query_gradient(const __grid_constant__ AttentionBackwardArguments arguments) {
   using Rows = typename Config::Rows;
   const AttentionInputs& in = arguments.params.in;
-  const int thread = static_cast<int>(threadIdx.x);
-  const std::uint32_t query = ptx::shared_base(), d_out = query + Rows::kBytes,
-                      keys = query + Config::RowRing::kBytes;
+  const std::uint32_t rows = ptx::shared_base(), keys = rows + Config::RowRing::kBytes;
   const typename Config::Stream stream(keys);
-  const typename Config::RowRing row_ring(query, keys + Config::Stream::kBytes);
-  if (thread == 0) {
+  const typename Config::RowRing row_ring(rows, keys + Config::Stream::kBytes);
+  if (threadIdx.x == 0) {
     stream.init();
     row_ring.init();
     ptx::mbarrier_init_fence();
@@ -224,19 +230,25 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
   ptx::sync_threads();  // the barriers can be used
 
   const Slices slices(in, Config::kRows);
+  const int consumer = Config::consumer();
   int slice = 0, step = 0;
-  if (thread >= kWarpgroup) {
+  if (consumer == Config::kConsumers) {
     if constexpr (Config::kMovesRegisters) ptx::release_registers<Config::kProducerRegisters>();
-    if (ptx::warp_index() != kWarpgroup / 32) return;
+    if (ptx::warp_index() != Config::kConsumerThreads / 32) return;
     // A tile may have fewer rows: whatever lies in the others, nothing is stored for them.
-    const int row_bytes = 2 * SliceBox(in.shape, in.plan).rows() * 2 * Config::kHeadDim;
+    const int row_bytes =
+        Config::kConsumers * 2 * SliceBox(in.shape, in.plan).rows() * 2 * Config::kHeadDim;
     slices.for_each([&](const Tile& tile) {
       if (ptx::lane_index() == 0) {
         row_ring.wait_empty(slice);
         const std::uint32_t full = row_ring.full(slice);
         ptx::mbarrier_arrive_expect(full, row_bytes);
-        load_slice<Rows>(query, arguments.query, tile, full);
-        load_slice<Rows>(d_out, arguments.d_out, tile, full);
+        for (int i = 0; i < Config::kConsumers; ++i) {
+          const Tile part = tile.part(i * kProductRows, kProductRows);
+          const std::uint32_t query = row_ring.stage(slice) + i * 2 * Rows::kBytes;
+          load_slice<Rows>(query, arguments.query, part, full);
+          load_slice<Rows>(query + Rows::kBytes, arguments.d_out, part, full);
+        }
       }
       step = stream.produce(in, tile, arguments.key, arguments.value, step);
       ++slice;
@@ -244,7 +256,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
   } else {
     if constexpr (Config::kMovesRegisters) ptx::take_registers<Config::kConsumerRegisters>();
     slices.for_each([&](const Tile& tile) {
-      step = differentiate_slice<Config>(arguments.params, tile, stream, row_ring, slice, step);
+      step = differentiate_slice<Config>(arguments.params,
+                                         tile.part(consumer * kProductRows, kProductRows), stream,
+                                         row_ring, slice, step, consumer);
       ++slice;
     });
   }

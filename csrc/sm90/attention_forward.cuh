@@ -1,8 +1,9 @@
 // Block-sparse flash attention, forward, for compute capability 9.0.
 //
-// A CTA has a warpgroup of consumers, which computes on a slice of 64 rows of a query tile, and one
-// producer warp, which walks the tile's list and copies keys and values (keys.cuh). It stays for
-// several slices: while consumers finish one, the producer copies what the next one needs.
+// A CTA has one or two consumers, warpgroups that compute on 64 rows each of a slice of a query
+// tile, and one producer warp, which walks the tile's list and copies keys and values (keys.cuh)
+// for all of them. It stays for several slices: while consumers finish one, the producer copies
+// what the next one needs.
 //
 // The softmax of a chunk is computed while the tensor cores multiply the probabilities of the chunk
 // before by its values.
@@ -20,23 +21,38 @@ struct AttentionForwardArguments {
   TensorMap query, key, value;
 };
 
-template <class T_, int kHeadDim_, int kBlockSize, int kKeys_, int kStages, int kBlocks_>
-struct ForwardConfig {
+// Threads and registers of the CTAs of a multiprocessor, with so many consumers each.
+template <int kConsumers_, int kBlocks_>
+struct Warpgroups {
+  static constexpr int kConsumers = kConsumers_, kBlocks = kBlocks_;
+  static constexpr int kConsumerThreads = kConsumers * kWarpgroup;
+  static constexpr int kThreads = kConsumerThreads + kWarpgroup;  // the producer's are the last
+  static constexpr int kRows = kConsumers * kProductRows;
+  // Of a thread, where those of a multiprocessor do not suffice for as many as a thread may have.
+  static constexpr bool kMovesRegisters = kBlocks * kThreads > 2 * kWarpgroup;
+  static constexpr int kProducerRegisters = kConsumers == 1 ? 72 : 96;
+  static constexpr int kConsumerRegisters =
+      (65536 / (kBlocks * kWarpgroup) - kProducerRegisters) / kConsumers / 8 * 8;
+  static_assert(!kMovesRegisters || kConsumerRegisters <= 240);
+
+  // The consumer that a thread belongs to. The compiler sees that it is the same in all lanes.
+  __device__ static int consumer() {
+    return ptx::shuffle(static_cast<int>(threadIdx.x) / kWarpgroup, 0);
+  }
+};
+
+template <class T_, int kHeadDim_, int kBlockSize, int kKeys_, int kStages, class Warpgroups_>
+struct ForwardConfig : Warpgroups_ {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kKeys = kKeys_;      // of a chunk
-  static constexpr int kBlocks = kBlocks_;  // of a multiprocessor
-  static constexpr int kThreads = 2 * kWarpgroup;
-  static constexpr int kRows = kProductRows;
-  // Of a thread, where those of a multiprocessor do not suffice for as many as a thread may have.
-  static constexpr bool kMovesRegisters = kBlocks > 1;
-  static constexpr int kProducerRegisters = 72;
-  static constexpr int kConsumerRegisters = 65536 / (kBlocks * kWarpgroup) - kProducerRegisters;
-  using Query = Matrix<kRows, kHeadDim>;
-  using QueryRing = Ring<1, Query::kBytes, kWarpgroup / 32>;
-  using Stream = KeyStream<kHeadDim, kBlockSize, kKeys, kStages>;
-  static constexpr int kSharedBytes = Query::kBytes + Stream::kBytes + QueryRing::kBarrierBytes;
-  static_assert(kSharedBytes <= shared_bytes_of(kBlocks));
+  static constexpr int kKeys = kKeys_;           // of a chunk
+  using Query = Matrix<kProductRows, kHeadDim>;  // of a consumer
+  static constexpr int kConsumers = Warpgroups_::kConsumers;
+  static constexpr int kQueryBytes = kConsumers * Query::kBytes;
+  using QueryRing = Ring<1, kQueryBytes, kConsumers * kWarpgroup / 32>;
+  using Stream = KeyStream<kHeadDim, kBlockSize, kKeys, kStages, kConsumers>;
+  static constexpr int kSharedBytes = kQueryBytes + Stream::kBytes + QueryRing::kBarrierBytes;
+  static_assert(kSharedBytes <= shared_bytes_of(Warpgroups_::kBlocks));
 };
 
 // The slices that a CTA computes on, later ones first, as they see more keys. All slices of a head
@@ -123,20 +139,20 @@ struct Scores {
   }
 };
 
-// What the consumers do with a slice, from `step` on, where its chunks start. Returns the step
-// after the one that ends them.
+// What a consumer does with its part of a slice, from `step` on, where the chunks of the slice
+// start. Returns the step after the one that ends them.
 template <class Config>
 __device__ __forceinline__ int attend_to_slice(const AttentionForwardParams& p, const Tile& tile,
                                                const typename Config::Stream& stream,
                                                const typename Config::QueryRing& query_ring,
-                                               int query_step, int step) {
+                                               int query_step, int step, int consumer) {
   using T = typename Config::T;
   using Query = typename Config::Query;
   using Chunk = typename Config::Stream::Chunk;
   constexpr int kHeadDim = Config::kHeadDim, kKeys = Config::kKeys;
   const AttentionInputs& in = p.in;
   const ConsumerRows rows(in, tile);
-  const std::uint32_t query = query_ring.stage(query_step);
+  const std::uint32_t query = query_ring.stage(query_step) + consumer * Query::kBytes;
   Sums<kHeadDim> out = {};
   Sums<kKeys> scores;
   Factors<kKeys> probs;
@@ -147,15 +163,16 @@ __device__ __forceinline__ int attend_to_slice(const AttentionForwardParams& p, 
   const auto mask = [&](ChunkKind kind) {
     conversion.convert(scores);
     if (kind != ChunkKind::kPlain) {
-      const std::uint32_t seen = visit_scores(
-          in, tile, stream, step, rows, [&](int column, int place, bool is_visible, float bias) {
-            float& score = scores[column][place];
-            score = is_visible ? score + bias * kLog2E : -INFINITY;
-            return score != -INFINITY;
-          });
+      const std::uint32_t seen =
+          visit_scores(in, tile, stream, step, consumer, rows,
+                       [&](int column, int place, bool is_visible, float bias) {
+                         float& score = scores[column][place];
+                         score = is_visible ? score + bias * kLog2E : -INFINITY;
+                         return score != -INFINITY;
+                       });
       if (kind == ChunkKind::kEdge) {
         stream.wait_values(step);
-        stream.zero_unseen(stream.values(step), seen, 1);
+        stream.zero_unseen(stream.values(step), seen, step, consumer);
       }
     }
     stream.release_keys(step);
@@ -171,8 +188,14 @@ __device__ __forceinline__ int attend_to_slice(const AttentionForwardParams& p, 
   };
 
   query_ring.wait_full(query_step);
-  ChunkKind kind = stream.wait_keys(step);
-  if (kind != ChunkKind::kEnd) {
+  ChunkKind kind = stream.wait_keys(step, consumer);
+  while (kind != ChunkKind::kEnd) {
+    if (kind == ChunkKind::kUnseen) {
+      stream.skip(step);
+      kind = stream.wait_keys(++step, consumer);
+      continue;
+    }
+    // Chunks one after the other, up to one that the consumer skips.
     const int first_step = step;
     ptx::warpgroup_fence(scores);
     multiply_keys();
@@ -191,9 +214,9 @@ __device__ __forceinline__ int attend_to_slice(const AttentionForwardParams& p, 
       round_to_factors<T, kKeys>(probs, scores);
 
       ++step;
-      kind = stream.wait_keys(step);
+      kind = stream.wait_keys(step, consumer);
       stream.wait_values(step - 1);  // they came before the keys
-      if (kind == ChunkKind::kEnd) break;
+      if (kind == ChunkKind::kEnd || kind == ChunkKind::kUnseen) break;
       // Two groups of products, so that the scores are there first.
       ptx::warpgroup_fence(scores, out, probs);
       multiply_keys();
@@ -206,9 +229,7 @@ __device__ __forceinline__ int attend_to_slice(const AttentionForwardParams& p, 
     stream.release_values(step - 1);
   }
   query_ring.release(query_step);
-  stream.release_keys(step);
-  stream.wait_values(step);
-  stream.release_values(step);
+  stream.skip(step);
 
   SPARSE_ATTN_UNROLL
   for (int half = 0; half < 2; ++half) {
@@ -232,12 +253,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     attention_forward(const __grid_constant__ AttentionForwardArguments arguments) {
   using Query = typename Config::Query;
   const AttentionInputs& in = arguments.params.in;
-  const int thread = static_cast<int>(threadIdx.x);
   const std::uint32_t query = ptx::shared_base();
-  const typename Config::Stream stream(query + Query::kBytes);
+  const typename Config::Stream stream(query + Config::kQueryBytes);
   const typename Config::QueryRing query_ring(query,
-                                              query + Query::kBytes + Config::Stream::kBytes);
-  if (thread == 0) {
+                                              query + Config::kQueryBytes + Config::Stream::kBytes);
+  if (threadIdx.x == 0) {
     stream.init();
     query_ring.init();
     ptx::mbarrier_init_fence();
@@ -245,17 +265,23 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
   ptx::sync_threads();
 
   const Slices slices(in, Config::kRows);
+  const int consumer = Config::consumer();
   int slice = 0, step = 0;
-  if (thread >= kWarpgroup) {
+  if (consumer == Config::kConsumers) {
     // A tile may have fewer rows: whatever lies in the others, nothing is stored for them.
-    const int query_bytes = SliceBox(in.shape, in.plan).rows() * 2 * Config::kHeadDim;
+    const int query_bytes =
+        Config::kConsumers * SliceBox(in.shape, in.plan).rows() * 2 * Config::kHeadDim;
     if constexpr (Config::kMovesRegisters) ptx::release_registers<Config::kProducerRegisters>();
-    if (ptx::warp_index() != kWarpgroup / 32) return;
+    if (ptx::warp_index() != Config::kConsumerThreads / 32) return;
     slices.for_each([&](const Tile& tile) {
       if (ptx::lane_index() == 0) {
         query_ring.wait_empty(slice);
-        ptx::mbarrier_arrive_expect(query_ring.full(slice), query_bytes);
-        load_slice<Query>(query_ring.stage(slice), arguments.query, tile, query_ring.full(slice));
+        const std::uint32_t full = query_ring.full(slice);
+        ptx::mbarrier_arrive_expect(full, query_bytes);
+        for (int i = 0; i < Config::kConsumers; ++i) {
+          load_slice<Query>(query_ring.stage(slice) + i * Query::kBytes, arguments.query,
+                            tile.part(i * kProductRows, kProductRows), full);
+        }
       }
       step = stream.produce(in, tile, arguments.key, arguments.value, step);
       ++slice;
@@ -263,7 +289,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
   } else {
     if constexpr (Config::kMovesRegisters) ptx::take_registers<Config::kConsumerRegisters>();
     slices.for_each([&](const Tile& tile) {
-      step = attend_to_slice<Config>(arguments.params, tile, stream, query_ring, slice, step);
+      step = attend_to_slice<Config>(arguments.params,
+                                     tile.part(consumer * kProductRows, kProductRows), stream,
+                                     query_ring, slice, step, consumer);
       ++slice;
     });
   }

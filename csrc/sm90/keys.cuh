@@ -1,12 +1,12 @@
 // The walk over the keys that a slice of a query tile sees, for the kernels that are query-major:
-// forward and dQ. A producer warp reads the lists and copies keys and values; a warpgroup of
-// consumers reads no list.
+// forward and dQ. A producer warp reads the lists and copies keys and values; consumers, of which
+// each is a warpgroup with 64 rows of the slice, read no list.
 //
 // Keys come in chunks of `kKeys`: a part of a large block, or several small blocks, so that
 // products are never narrow. A chunk consists of pieces: so many keys of one block. Pieces that no
 // row of the slice may see are left out. The chunk's header says of each piece which rows chose it
-// and whether its keys have to be looked at one by one. After the last chunk comes one without
-// keys.
+// and whether its keys have to be looked at one by one; and which consumers have nothing to do.
+// After the last chunk comes one without keys.
 #pragma once
 
 #include "common/tile.cuh"
@@ -15,14 +15,15 @@
 
 namespace sparse_attn::sm90 {
 
-// The row groups of a plan to which the rows of a slice belong: not more than the rows, and one
-// after the other, because a slice has whole tokens or a part of one.
+// The row groups of a plan to which the rows of a consumer belong: not more than the rows, and one
+// after the other, because they are whole tokens or a part of one.
 struct SliceGroups {
-  int first;
+  int first = 0;
 
+  SliceGroups() = default;
   __device__ SliceGroups(const PlanParams& plan, const Tile& tile) : first(of(plan, tile, 0)) {}
 
-  // Counted from the slice's first.
+  // Counted from the first.
   __device__ int of_row(const PlanParams& plan, const Tile& tile, int row) const {
     return of(plan, tile, row) - first;
   }
@@ -49,13 +50,14 @@ struct SliceGroups {
   }
 };
 
-// What a slice's rows see together, known to all lanes of a warp. A row sees no more than `widest`
-// and no less than `narrowest`.
+// What the rows of a consumer see together, known to all lanes of a warp. A row sees no more than
+// `widest` and no less than `narrowest`.
 struct SliceMask {
   RowMask widest, narrowest;
   SliceGroups groups;
   std::uint64_t existing = 0;  // groups of rows that exist
 
+  SliceMask() = default;
   __device__ SliceMask(const AttentionInputs& in, const Tile& tile) : groups(in.plan, tile) {
     set(widest, INT32_MIN, INT32_MAX);
     set(narrowest, INT32_MAX, INT32_MIN);
@@ -107,7 +109,8 @@ struct SliceMask {
   }
 };
 
-// Consecutive keys of a block. Rows of `chosen` groups see all of them (kAll), or some.
+// Consecutive keys of a block, as a consumer sees them: rows of `chosen` groups all of them (kAll),
+// or some.
 struct alignas(16) Piece {
   int first_key;
   Visible visible;
@@ -116,29 +119,34 @@ struct alignas(16) Piece {
   __device__ bool has(int group) const {
     return (group < 32 ? chosen[0] : chosen[1]) >> (group % 32) & 1;
   }
+  __device__ std::uint64_t that_chose() const { return chosen[0] | std::uint64_t{chosen[1]} << 32; }
 };
 
-// What a chunk's scores need.
+// What a consumer has to do for the scores of a chunk.
 enum class ChunkKind {
   kEnd,     // there is no chunk
-  kPlain,   // nothing: all rows see all keys
+  kUnseen,  // nothing at all: no row sees any of the keys
+  kPlain,   // nothing else: all rows see all keys
   kChosen,  // rows see all keys of the pieces that they chose
   kEdge,    // also the token mask
 };
 
-template <int kHeadDim, int kBlockSize, int kKeys_, int kStages>
+template <int kHeadDim, int kBlockSize, int kKeys_, int kStages, int kConsumers_>
 class KeyStream {
  public:
+  static constexpr int kConsumers = kConsumers_;  // warpgroups
   static constexpr int kKeys = kKeys_;
   static constexpr int kPieceKeys = kBlockSize < kKeys ? kBlockSize : kKeys;
   static constexpr int kPieces = kKeys / kPieceKeys;
   using Chunk = Matrix<kKeys, kHeadDim>;
 
  private:
-  static constexpr int kConsumerWarps = kWarpgroup / 32;
-  using ChunkRing = Ring<kStages, Chunk::kBytes, kConsumerWarps>;
-  static constexpr int kKindOffset = kPieces * sizeof(Piece), kHeaderBytes = kKindOffset + 16;
-  static constexpr int kSeenBytes = kConsumerWarps * 4 * 4;
+  static constexpr int kWarps = kWarpgroup / 32;  // of a consumer
+  using ChunkRing = Ring<kStages, Chunk::kBytes, kConsumers * kWarps>;
+  static constexpr int kKindOffset = kPieces * kConsumers * sizeof(Piece),
+                       kHeaderBytes = kKindOffset + 16;
+  static_assert(kConsumers * sizeof(ChunkKind) <= 16);
+  static constexpr int kSeenBytes = kConsumers * kWarps * 4 * 4;
 
  public:
   static constexpr int kBytes =
@@ -160,33 +168,47 @@ class KeyStream {
   // the step after that.
   __device__ int produce(const AttentionInputs& in, const Tile& tile, const TensorMap& key_map,
                          const TensorMap& value_map, int step) const {
-    const SliceMask slice(in, tile);
+    SliceMask masks[kConsumers];
+    SPARSE_ATTN_UNROLL
+    for (int i = 0; i < kConsumers; ++i)
+      masks[i] = SliceMask(in, tile.part(i * kProductRows, kProductRows));
     const Chunks<kPieceKeys> pieces(in, tile);
     int filled = 0;  // pieces of the chunk of this step
-    const auto add = [&](const Piece& piece) {
+    const auto add = [&](const Piece(&piece)[kConsumers]) {
       if (ptx::lane_index() == 0) {
         if (filled == 0) keys_.wait_empty(step);
-        ptx::store_shared(piece_address(step, filled), piece);
-        if (filled == kPieces - 1) start_copies(in, tile, key_map, value_map, step, slice.existing);
+        SPARSE_ATTN_UNROLL
+        for (int i = 0; i < kConsumers; ++i)
+          ptx::store_shared(piece_address(step, filled, i), piece[i]);
+        if (filled == kPieces - 1) start_copies(in, tile, key_map, value_map, step, masks);
       }
       filled = (filled + 1) % kPieces;
       if (filled == 0) ++step;
     };
     for (int first = 0; first < pieces.count(); first += 32) {
-      const Piece own = look_at(in, slice, pieces, first + ptx::lane_index());
-      const std::uint32_t wanted = ptx::ballot(own.visible != Visible::kNone);
+      Piece own[kConsumers];
+      const bool is_seen = look_at(own, in, masks, pieces, first + ptx::lane_index());
+      const std::uint32_t wanted = ptx::ballot(is_seen);
       for (int lane = 0; lane < 32; ++lane) {
         if ((wanted >> lane & 1) == 0) continue;
-        add({ptx::shuffle(own.first_key, lane),
-             static_cast<Visible>(ptx::shuffle(static_cast<int>(own.visible), lane)),
-             {ptx::shuffle(own.chosen[0], lane), ptx::shuffle(own.chosen[1], lane)}});
+        Piece piece[kConsumers];
+        SPARSE_ATTN_UNROLL
+        for (int i = 0; i < kConsumers; ++i) {
+          piece[i] = {ptx::shuffle(own[i].first_key, lane),
+                      static_cast<Visible>(ptx::shuffle(static_cast<int>(own[i].visible), lane)),
+                      {ptx::shuffle(own[i].chosen[0], lane), ptx::shuffle(own[i].chosen[1], lane)}};
+        }
+        add(piece);
       }
     }
     // Keys beyond the last are zeros, which no row sees.
-    while (filled != 0) add({in.shape.kv_len, Visible::kNone, {0, 0}});
+    Piece none[kConsumers];
+    for (Piece& piece : none) piece = {in.shape.kv_len, Visible::kNone, {0, 0}};
+    while (filled != 0) add(none);
     if (ptx::lane_index() == 0) {
       keys_.wait_empty(step);
-      ptx::store_shared(kind_address(step), ChunkKind::kEnd);
+      for (int i = 0; i < kConsumers; ++i)
+        ptx::store_shared(kind_address(step, i), ChunkKind::kEnd);
       ptx::mbarrier_arrive(keys_.full(step));
       values_.wait_empty(step);
       ptx::mbarrier_arrive(values_.full(step));
@@ -195,88 +217,124 @@ class KeyStream {
   }
 
   // By the consumers. The header is there with the keys, and is released with them.
-  __device__ ChunkKind wait_keys(int step) const {
+  __device__ ChunkKind wait_keys(int step, int consumer) const {
     keys_.wait_full(step);
-    return ptx::load_shared<ChunkKind>(kind_address(step));
+    return kind(step, consumer);
   }
   __device__ void wait_values(int step) const { values_.wait_full(step); }
   __device__ std::uint32_t keys(int step) const { return keys_.stage(step); }
   __device__ std::uint32_t values(int step) const { return values_.stage(step); }
-  __device__ Piece piece(int step, int i) const {
-    return ptx::load_shared<Piece>(piece_address(step, i));
+  __device__ Piece piece(int step, int i, int consumer) const {
+    return ptx::load_shared<Piece>(piece_address(step, i, consumer));
   }
   __device__ void release_keys(int step) const { keys_.release(step); }
   __device__ void release_values(int step) const { values_.release(step); }
+  // A chunk that the consumer has no use for, or the one without keys. Nothing from before may be
+  // kept when others follow: after enough of them the copies wait for what is.
+  __device__ void skip(int step) const {
+    keys_.release(step);
+    values_.wait_full(step);  // a stage is released only after it was filled
+    values_.release(step);
+  }
 
-  // By the consumers, with a named barrier of their own: zeros to the rows of `chunk`, keys or
+  // By the consumers that have this chunk, an edge: zeros to the rows of `chunk`, its keys or
   // values that have come, of keys that no row sees. They may hold NaN, and 0 * NaN is not 0. In
-  // `seen` bit 2 c + i says that a row of this thread sees key 8 c + 2 (lane % 4) + i.
-  __device__ void zero_unseen(std::uint32_t chunk, std::uint32_t seen, int barrier) const {
+  // `seen` bit 2 c + i says that a row of this thread sees key 8 c + 2 (lane % 4) + i. Uses named
+  // barriers 1 to kConsumers + 1.
+  __device__ void zero_unseen(std::uint32_t chunk, std::uint32_t seen, int step,
+                              int consumer) const {
     static_assert(kKeys <= 128, "two bits for eight keys");
-    const int lane = ptx::lane_index(), thread = static_cast<int>(threadIdx.x) % kWarpgroup;
+    static_assert(kConsumers <= 2);
+    const bool is_shared =
+        kConsumers > 1 && kind(step, consumer ^ (kConsumers - 1)) != ChunkKind::kUnseen;
+    const int lane = ptx::lane_index(), barrier = is_shared ? kConsumers + 1 : consumer + 1,
+              first = is_shared ? 0 : consumer, count = is_shared ? kConsumers : 1;
+    const int thread = static_cast<int>(threadIdx.x) - first * kWarpgroup;
     for (int distance = 4; distance < 32; distance *= 2) seen |= ptx::shuffle_xor(seen, distance);
     struct alignas(16) Words {
       std::uint32_t x[4];  // by lane % 4
     };
     const std::uint32_t all_seen = headers_ + kStages * kHeaderBytes;
-    if (lane < 4) ptx::store_shared(all_seen + 16 * (thread / 32) + 4 * lane, seen);
-    ptx::sync_barrier(barrier, kWarpgroup);  // the other warps' are there
+    if (lane < 4) ptx::store_shared(all_seen + 16 * ptx::warp_index() + 4 * lane, seen);
+    ptx::sync_barrier(barrier, count * kWarpgroup);  // the other warps' are there
     Words by_any = {};
-    for (int warp = 0; warp < kConsumerWarps; ++warp) {
+    for (int warp = first * kWarps; warp < (first + count) * kWarps; ++warp) {
       const auto by_warp = ptx::load_shared<Words>(all_seen + 16 * warp);
       for (int i = 0; i < 4; ++i) by_any.x[i] |= by_warp.x[i];
     }
     constexpr std::uint32_t kAll = ~0u >> (32 - kKeys / 4);
     if ((by_any.x[0] & by_any.x[1] & by_any.x[2] & by_any.x[3]) != kAll) {
-      zero_rows<Chunk, kWarpgroup>(chunk, thread, [&](int key) {
+      zero_rows<Chunk>(chunk, thread, count * kWarpgroup, [&](int key) {
         const std::uint32_t low = key % 4 < 2 ? by_any.x[0] : by_any.x[1],
                             high = key % 4 < 2 ? by_any.x[2] : by_any.x[3];
         return ((key % 8 < 4 ? low : high) >> (key / 8 * 2 + key % 2) & 1) == 0;
       });
       ptx::fence_async_proxy();
     }
-    ptx::sync_barrier(barrier, kWarpgroup);  // products may read all rows
+    ptx::sync_barrier(barrier, count * kWarpgroup);  // products may read all rows
   }
 
  private:
-  __device__ std::uint32_t piece_address(int step, int i) const {
-    return headers_ + step % kStages * kHeaderBytes + i * sizeof(Piece);
+  __device__ std::uint32_t piece_address(int step, int i, int consumer) const {
+    return headers_ + step % kStages * kHeaderBytes + (i * kConsumers + consumer) * sizeof(Piece);
   }
-  __device__ std::uint32_t kind_address(int step) const {
-    return piece_address(step, 0) + kKindOffset;
+  __device__ std::uint32_t kind_address(int step, int consumer) const {
+    return piece_address(step, 0, 0) + kKindOffset + consumer * sizeof(ChunkKind);
+  }
+  __device__ ChunkKind kind(int step, int consumer) const {
+    return ptx::load_shared<ChunkKind>(kind_address(step, consumer));
   }
 
-  // Number `i` of the list; one that no row sees if there is none.
-  __device__ static Piece look_at(const AttentionInputs& in, const SliceMask& slice,
-                                  const Chunks<kPieceKeys>& pieces, int i) {
+  // Number `i` of the list, as each consumer sees it. Returns whether any row does.
+  __device__ static bool look_at(Piece (&piece)[kConsumers], const AttentionInputs& in,
+                                 const SliceMask (&masks)[kConsumers],
+                                 const Chunks<kPieceKeys>& pieces, int i) {
     const int first_key = i < pieces.count() ? pieces.first_key(i) : -1;
-    if (first_key < 0) return {0, Visible::kNone, {0, 0}};
-    const std::uint64_t chosen = slice.groups.that_chose(in.plan, pieces.slot(i)) & slice.existing;
-    const Visible visible =
-        chosen == 0 ? Visible::kNone : slice.sees_keys(in, first_key, first_key + kPieceKeys - 1);
-    return {first_key,
-            visible,
-            {static_cast<std::uint32_t>(chosen), static_cast<std::uint32_t>(chosen >> 32)}};
+    bool is_seen = false;
+    SPARSE_ATTN_UNROLL
+    for (int j = 0; j < kConsumers; ++j) {
+      piece[j] = {first_key, Visible::kNone, {0, 0}};
+      if (first_key < 0) continue;
+      const std::uint64_t chosen =
+          masks[j].groups.that_chose(in.plan, pieces.slot(i)) & masks[j].existing;
+      if (chosen == 0) continue;
+      const Visible visible = masks[j].sees_keys(in, first_key, first_key + kPieceKeys - 1);
+      if (visible == Visible::kNone) continue;
+      piece[j] = {first_key,
+                  visible,
+                  {static_cast<std::uint32_t>(chosen), static_cast<std::uint32_t>(chosen >> 32)}};
+      is_seen = true;
+    }
+    return is_seen;
   }
 
   // By one thread, when all pieces are in the header.
   __device__ void start_copies(const AttentionInputs& in, const Tile& tile,
                                const TensorMap& key_map, const TensorMap& value_map, int step,
-                               std::uint64_t existing) const {
-    ChunkKind kind = ChunkKind::kPlain;
-    for (int i = 0; i < kPieces; ++i) {
-      const Piece one = piece(step, i);
-      const std::uint64_t chosen = one.chosen[0] | std::uint64_t{one.chosen[1]} << 32;
-      if (one.visible == Visible::kSome) kind = ChunkKind::kEdge;
-      if (chosen != existing && kind == ChunkKind::kPlain) kind = ChunkKind::kChosen;
+                               const SliceMask (&masks)[kConsumers]) const {
+    // An edge to one consumer is one to all, which together find the keys that no row sees.
+    bool is_edge = false;
+    for (int i = 0; i < kPieces * kConsumers; ++i)
+      is_edge |= piece(step, i / kConsumers, i % kConsumers).visible == Visible::kSome;
+    SPARSE_ATTN_UNROLL
+    for (int j = 0; j < kConsumers; ++j) {
+      bool is_seen = false, is_plain = true;
+      for (int i = 0; i < kPieces; ++i) {
+        const std::uint64_t chosen = piece(step, i, j).that_chose();
+        is_seen |= chosen != 0;
+        is_plain &= chosen == masks[j].existing;
+      }
+      ptx::store_shared(kind_address(step, j), !is_seen   ? ChunkKind::kUnseen
+                                               : is_edge  ? ChunkKind::kEdge
+                                               : is_plain ? ChunkKind::kPlain
+                                                          : ChunkKind::kChosen);
     }
-    ptx::store_shared(kind_address(step), kind);
     const auto copy = [&](const ChunkRing& ring, const TensorMap& map) {
       ptx::mbarrier_arrive_expect(ring.full(step), Chunk::kBytes);
       for (int i = 0; i < kPieces; ++i) {
         load_rows<Chunk, 4>(
             ring.stage(step), i * kPieceKeys, map,
-            {0, tile.kv_head, piece(step, i).first_key, tile.batch % in.shape.key_batch},
+            {0, tile.kv_head, piece(step, i, 0).first_key, tile.batch % in.shape.key_batch},
             ring.full(step));
       }
     };
@@ -289,9 +347,10 @@ class KeyStream {
   std::uint32_t headers_;
 };
 
-// What a consumer has to know of its two rows to mask scores.
+// What a consumer's thread has to know of its two rows to mask scores. `tile`: the consumer's part
+// of the slice.
 struct ConsumerRows {
-  int rows[2];  // of the slice
+  int rows[2];  // of the part
   RowMask masks[2];
   int groups[2];
 
@@ -314,20 +373,20 @@ struct ConsumerRows {
 // which is only needed for an edge.
 template <class Stream, class Visit>
 __device__ __forceinline__ std::uint32_t visit_scores(const AttentionInputs& in, const Tile& tile,
-                                                      const Stream& stream, int step,
+                                                      const Stream& stream, int step, int consumer,
                                                       const ConsumerRows& rows, Visit visit) {
   constexpr int kColumns = Stream::kPieceKeys / 8;  // of a piece
   std::uint32_t seen = 0;
   SPARSE_ATTN_UNROLL
   for (int i = 0; i < Stream::kPieces; ++i) {
-    const Piece piece = stream.piece(step, i);
+    const Piece piece = stream.piece(step, i, consumer);
     const bool is_chosen[2] = {piece.has(rows.groups[0]), piece.has(rows.groups[1])};
     if (piece.visible != Visible::kSome) {
       SPARSE_ATTN_UNROLL
       for (int column = i * kColumns; column < (i + 1) * kColumns; ++column) {
         SPARSE_ATTN_UNROLL
         for (int place = 0; place < 4; ++place) visit(column, place, is_chosen[place / 2], 0.0f);
-        seen |= 3u << (2 * column);  // by those that chose it; or there is nothing but zeros
+        if (piece.visible == Visible::kAll) seen |= 3u << (2 * column);  // by those that chose it
       }
       continue;
     }

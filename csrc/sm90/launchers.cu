@@ -22,6 +22,11 @@ bool is_regular(const AttentionInputs& in) {
   return kProductRows % group_size == 0 && in.plan.tile_size % (kProductRows / group_size) == 0;
 }
 
+// Whether a tile has more rows than one consumer computes on.
+bool has_rows_for_two(const AttentionInputs& in) {
+  return Tile::slices_per_tile(in.shape, in.plan, kProductRows) > 1;
+}
+
 const AttentionVariant& of_sm80(VariantKey key) {
   key.arch = 80;
   const auto all = sm80::attention_variants();
@@ -48,28 +53,41 @@ template <class T, int kHeadDim, int kBlockSize>
 struct Variant {
   static constexpr VariantKey kKey = {90, kDtype<T>, kHeadDim, kBlockSize};
 
-  // What registers and shared memory hold.
-  static constexpr int kStages = kHeadDim >= 128 ? 3 : 4, kBlocks = kHeadDim > 128 ? 1 : 2;
-  using Forward = ForwardConfig<T, kHeadDim, kBlockSize, 64, kStages, kBlocks>;
+  // What registers and shared memory hold: two consumers of one CTA, which share keys, or of two
+  // that have a tile of 64 rows each.
+  static constexpr bool kSharesKeys = kHeadDim <= 128;
+  using OfOne = Warpgroups<1, kSharesKeys ? 2 : 1>;
+  using OfTwo = Warpgroups<2, 1>;
+  using Forward = ForwardConfig<T, kHeadDim, kBlockSize, 64, kHeadDim >= 128 ? 3 : 4, OfOne>;
+  using ForwardOfTwo = ForwardConfig<T, kHeadDim, kBlockSize, 64, 5, OfTwo>;
 
   static Status forward(const AttentionForwardParams& params, const LaunchContext& context) {
-    const AttentionInputs& in = params.in;
-    if (!is_regular(in)) return of_sm80(kKey).forward(params, context);
+    if (!is_regular(params.in)) return of_sm80(kKey).forward(params, context);
     try {
-      const AttentionForwardArguments arguments = {
-          .params = params,
-          .query = map_of_rows<T, kHeadDim>(in.query, in.shape, SliceBox(in.shape, in.plan)),
-          .key = map_of_keys<T, kHeadDim>(in.key, in.shape, Forward::Stream::kPieceKeys),
-          .value = map_of_keys<T, kHeadDim>(in.value, in.shape, Forward::Stream::kPieceKeys)};
-      return launch<Forward>(&attention_forward<Forward>, grid_of_slices<Forward>(in), arguments,
-                             context);
+      if constexpr (kSharesKeys) {
+        if (has_rows_for_two(params.in)) return forward_of<ForwardOfTwo>(params, context);
+      }
+      return forward_of<Forward>(params, context);
     } catch (const std::exception& error) {
       return error.what();
     }
   }
 
+  template <class Config>
+  static Status forward_of(const AttentionForwardParams& params, const LaunchContext& context) {
+    const AttentionInputs& in = params.in;
+    const AttentionForwardArguments arguments = {
+        .params = params,
+        .query = map_of_rows<T, kHeadDim>(in.query, in.shape, SliceBox(in.shape, in.plan)),
+        .key = map_of_keys<T, kHeadDim>(in.key, in.shape, Config::Stream::kPieceKeys),
+        .value = map_of_keys<T, kHeadDim>(in.value, in.shape, Config::Stream::kPieceKeys)};
+    return launch<Config>(&attention_forward<Config>, grid_of_slices<Config>(in), arguments,
+                          context);
+  }
+
   static constexpr int kQueryStages = kHeadDim >= 128 ? 2 : kHeadDim > 64 ? 3 : 4;
-  using OfQuery = QueryGradientConfig<T, kHeadDim, kBlockSize, 64, kQueryStages, kBlocks>;
+  using OfQuery = QueryGradientConfig<T, kHeadDim, kBlockSize, 64, kQueryStages, OfOne>;
+  using OfQueryOfTwo = QueryGradientConfig<T, kHeadDim, kBlockSize, 64, 4, OfTwo>;
   using OfKey = KeyGradientConfig<T, kHeadDim, std::min(kBlockSize, kProductRows)>;
   using OfParts = SumPartialsConfig<T, kHeadDim>;
 
@@ -88,9 +106,18 @@ struct Variant {
     };
     const std::int64_t blocks = num_kv_blocks(in.shape), partials = params.inverse.num_partials;
     try {
-      Status status = launch<OfQuery>(
-          &query_gradient<OfQuery>, grid_of_slices<OfQuery>(in),
-          arguments_of(SliceBox(in.shape, in.plan), OfQuery::Stream::kPieceKeys), context);
+      const auto differentiate_queries = [&]<class Config>(Config) {
+        return launch<Config>(&query_gradient<Config>, grid_of_slices<Config>(in),
+                              arguments_of(SliceBox(in.shape, in.plan), Config::Stream::kPieceKeys),
+                              context);
+      };
+      Status status;
+      if constexpr (kSharesKeys) {
+        status = has_rows_for_two(in) ? differentiate_queries(OfQueryOfTwo())
+                                      : differentiate_queries(OfQuery());
+      } else {
+        status = differentiate_queries(OfQuery());
+      }
       if (status) return status;
       // Blocks with several parts have at most as many as there is room for their sums.
       const std::int64_t chunks = (blocks + partials) * (kBlockSize / OfKey::kKeys);

@@ -100,15 +100,16 @@ __device__ __forceinline__ void load_rows(std::uint32_t matrix, int row, const T
   }
 }
 
-// By `kThreads` threads, of which this is number `thread`: zeros to the rows for which `is_zeroed`
+// By `threads` threads, of which this is number `thread`: zeros to the rows for which `is_zeroed`
 // says so. Before a product or a copy uses them: `fence_async_proxy` by all of them, and a barrier.
-template <class Matrix, int kThreads, class IsZeroed>
-__device__ __forceinline__ void zero_rows(std::uint32_t matrix, int thread, IsZeroed is_zeroed) {
+template <class Matrix, class IsZeroed>
+__device__ __forceinline__ void zero_rows(std::uint32_t matrix, int thread, int threads,
+                                          IsZeroed is_zeroed) {
   struct alignas(16) Zeros {
     std::uint32_t x[4] = {};
   };
   constexpr int kPieces = Matrix::kWidth / 8;
-  for (int i = thread; i < Matrix::kRows * kPieces; i += kThreads) {
+  for (int i = thread; i < Matrix::kRows * kPieces; i += threads) {
     const int row = i / kPieces, column = i % kPieces * 8;
     if (is_zeroed(row)) ptx::store_shared(matrix + Matrix::offset(row, column), Zeros{});
   }

@@ -139,8 +139,8 @@ class RowStream {
     if (box.rows() * box.strips_per_stage() == kProductRows) return;
     SPARSE_ATTN_NO_UNROLL
     for (int stage = 0; stage < kStages; ++stage) {
-      zero_rows<Rows, kThreads>(query(stage), thread, is_between);
-      zero_rows<Rows, kThreads>(d_out(stage), thread, is_between);
+      zero_rows<Rows>(query(stage), thread, kThreads, is_between);
+      zero_rows<Rows>(d_out(stage), thread, kThreads, is_between);
     }
   }
   // By one thread, as `Ring::init`.

@@ -13,21 +13,23 @@ from sparse_attn_jax.problem import Problem
 from sparse_attn_jax.scoring_problem import ScoringProblem
 from sparse_attn_jax.selection import BlockSelection
 
-# A thread block computes on so many rows: query tokens times the query heads of a KV head.
-ROWS = 64
-
-
 # Query heads of a KV head whose scores the selection kernel sums.
 MAX_SELECTION_GROUP = 64
 
 
 def build_plan(problem: Problem, selection: BlockSelection) -> TilePlan:
     """The plan for which the kernels are made, without its inverse. They take any other as well."""
-    tokens = max(1, ROWS // problem.group_size)
+    rows = rows_per_block(problem)
+    tokens = max(1, rows // problem.group_size)
     sizes = dict(q_len=problem.q_len, kv_len=problem.kv_len)
     heads = dict(num_q_heads=problem.num_q_heads, num_kv_heads=problem.num_kv_heads)
-    tile_size = default_tile_size(problem.q_block_size, problem.group_size, problem.q_len, ROWS, tokens)
+    tile_size = default_tile_size(problem.q_block_size, problem.group_size, problem.q_len, rows, tokens)
     return planning.build_plan(selection, **sizes, **heads, tile_size=tile_size, with_inverse=False)
+
+
+def rows_per_block(problem: Problem) -> int:
+    """Rows of a tile that thread blocks share keys for: query tokens times the query heads of a KV head."""
+    return 128 if library.arch_for(problem) == 90 and problem.head_dim <= 128 else 64
 
 
 def supports(problem: Problem) -> tuple[str, ...]:

@@ -136,10 +136,14 @@ def is_for(variant: Variant, problem: Problem | ScoringProblem) -> bool:
     return sizes and (isinstance(problem, ScoringProblem) or problem.kv_block_size in variant.kv_block_sizes)
 
 
+def arch_for(problem: Problem | ScoringProblem) -> int:
+    """Whose kernels run the problem, which must be supported: 80 or 90."""
+    return next(variant.arch for variant in variants_for(problem) if is_for(variant, problem))
+
+
 def call_attributes(problem: Problem | ScoringProblem) -> dict[str, Any]:
     """The attributes that choose a compiled variant."""
-    arch = next(variant.arch for variant in variants_for(problem) if is_for(variant, problem))
-    return dict(arch=np.int32(arch), seed=seed())
+    return dict(arch=np.int32(arch_for(problem)), seed=seed())
 
 
 def seed() -> np.int64:
