@@ -28,11 +28,12 @@ struct Warpgroups {
   static constexpr int kConsumerThreads = kConsumers * kWarpgroup;
   static constexpr int kThreads = kConsumerThreads + kWarpgroup;  // the producer's are the last
   static constexpr int kRows = kConsumers * kProductRows;
-  // Of a thread, where those of a multiprocessor do not suffice for as many as a thread may have.
-  static constexpr bool kMovesRegisters = kBlocks * kThreads > 2 * kWarpgroup;
+  // Of a thread: at the start, and then, where that is less than a thread may have.
+  static constexpr int kRegisters = 65536 / (kBlocks * kThreads) / 8 * 8;
+  static constexpr bool kMovesRegisters = kRegisters < 256;
   static constexpr int kProducerRegisters = kConsumers == 1 ? 72 : 96;
   static constexpr int kConsumerRegisters =
-      (65536 / (kBlocks * kWarpgroup) - kProducerRegisters) / kConsumers / 8 * 8;
+      kRegisters + (kRegisters - kProducerRegisters) / kConsumers / 8 * 8;
   static_assert(!kMovesRegisters || kConsumerRegisters <= 240);
 
   // The consumer that a thread belongs to. The compiler sees that it is the same in all lanes.
