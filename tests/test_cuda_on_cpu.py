@@ -233,29 +233,38 @@ def test_tiles_of_any_size(tile_size):
     compare.assert_results_match(results_of(inputs, make_plan(inputs, tile_size)), inputs)
 
 
+def plan_of_64_rows(inputs: Inputs) -> sa.TilePlan:
+    num_q_heads, num_kv_heads = (inputs.operands[name].shape[2] for name in ("query", "key"))
+    return make_plan(inputs, max(1, 64 * num_kv_heads // num_q_heads))
+
+
 @pytest.mark.parametrize("arch", ["sm90"])
 @pytest.mark.parametrize("case", TAKEN[::2], ids=lambda case: case.name)
 def test_tiles_of_64_rows(case):
     """SM90 kernels compute on 128 where there are as many, in other ways."""
     inputs = make_inputs(case)
-    tile_size = max(1, 64 * case.num_kv_heads // case.num_q_heads)
-    compare.assert_results_match(results_of(inputs, make_plan(inputs, tile_size)), inputs)
+    compare.assert_results_match(results_of(inputs, plan_of_64_rows(inputs)), inputs)
+
+
+def with_lists_of_halves(head_dim: int, kv_block_size: int) -> Inputs:
+    """The tokens of each half of a tile chose the same blocks, of which those of the other half chose only the last one."""
+    num_blocks = 24 * 64 // kv_block_size
+    sizes = dict(head_dim=head_dim, kv_block_size=kv_block_size, q_len=44, kv_len=num_blocks * kv_block_size - 5)
+    inputs = make_inputs(dataclasses.replace(as_kernels_take_it(case_named("group8_bf16_d64")), is_causal=False, **sizes))
+    half = (np.arange(44) // 8 % 2)[:, None]
+    lists = np.arange(num_blocks // 2) + half * (num_blocks // 2)
+    # Of the last block not all keys exist.
+    lists = np.concatenate([lists, np.where(half == 0, num_blocks - 1, -1)], axis=-1)
+    indices = jnp.asarray(np.broadcast_to(lists, (*inputs.selection.indices.shape[:2], *lists.shape)), jnp.int32)
+    return dataclasses.replace(inputs, selection=dataclasses.replace(inputs.selection, indices=indices))
 
 
 @each_arch
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("kv_block_size", [16, 64])
 def test_halves_of_a_tile_with_lists_of_their_own(head_dim, kv_block_size):
-    """Each half has blocks in a row, more than the kernels hold at a time, of which the other half chose none."""
-    num_blocks = 24 * 64 // kv_block_size
-    sizes = dict(head_dim=head_dim, kv_block_size=kv_block_size, q_len=44, kv_len=num_blocks * kv_block_size - 5)
-    inputs = make_inputs(dataclasses.replace(as_kernels_take_it(case_named("group8_bf16_d64")), is_causal=False, **sizes))
-    half = (np.arange(44) // 8 % 2)[:, None]
-    lists = np.arange(num_blocks // 2) + half * (num_blocks // 2)
-    # Both halves chose the last block, of which not all keys exist.
-    lists = np.concatenate([lists, np.where(half == 0, num_blocks - 1, -1)], axis=-1)
-    indices = jnp.asarray(np.broadcast_to(lists, (*inputs.selection.indices.shape[:2], *lists.shape)), jnp.int32)
-    inputs = dataclasses.replace(inputs, selection=dataclasses.replace(inputs.selection, indices=indices))
+    """More blocks in a row than the kernels hold at a time."""
+    inputs = with_lists_of_halves(head_dim, kv_block_size)
     compare.assert_results_match(results_of(inputs), inputs)
 
 
@@ -268,13 +277,18 @@ def test_more_heads_of_a_token_than_rows(num_q_heads, selection_heads):
     compare.assert_results_match(results_of(inputs), inputs)
 
 
+def with_blocks_beyond_the_window(head_dim: int) -> Inputs:
+    """Most queries that chose a block see nothing of it."""
+    case = dataclasses.replace(case_named("full_attention"), q_len=220, kv_len=220, num_q_heads=8, num_kv_heads=2)
+    case = dataclasses.replace(case, head_dim=head_dim, is_causal=True, local_window_size=(20, 0))
+    return make_inputs(as_kernels_take_it(case))
+
+
 @each_arch
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_lists_of_blocks_beyond_the_window(head_dim):
-    """Most queries that chose a block see nothing of it: more in a row than the kernels hold at a time."""
-    case = dataclasses.replace(case_named("full_attention"), q_len=220, kv_len=220, num_q_heads=8, num_kv_heads=2)
-    case = dataclasses.replace(case, head_dim=head_dim, is_causal=True, local_window_size=(20, 0))
-    inputs = make_inputs(as_kernels_take_it(case))
+    """More in a row than the kernels hold at a time."""
+    inputs = with_blocks_beyond_the_window(head_dim)
     compare.assert_results_match(results_of(inputs), inputs)
 
 

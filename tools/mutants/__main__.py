@@ -28,6 +28,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tools.mutants", description=__doc__)
     parser.add_argument("--jobs", type=int, default=1, help="mutants tested at a time; default: 1")
     parser.add_argument("--only", default="", help="a regular expression; only mutants are tested whose id it is found in")
+    parser.add_argument("--all", action="store_true", help="also mutants of which the report says nothing; writes no report")
     parser.add_argument("--fresh", action="store_true", help="forget the results of earlier runs")
     parser.add_argument("--timeout", type=float, default=40, help="seconds of a processor that one check may take; default: 40")
     parser.add_argument("--list", action="store_true", help="print the mutants, and do no more")
@@ -37,7 +38,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     options = parse()
-    by_path = report.all_mutants()
+    by_path = report.all_mutants(rules.KINDS if options.all else report.REPORTED)
     mutants = [mutant for of_path in by_path.values() for mutant in of_path]
     if options.list:
         for mutant in mutants:
@@ -54,6 +55,8 @@ def main() -> int:
     if todo:
         Session(results, options.timeout).run(by_path, todo, options.jobs)
     verdicts = {mutant.id: results.verdict(mutant) for mutant in mutants}
+    if options.all:
+        return 0
     missing = sum(verdict is None for verdict in verdicts.values())
     if missing:
         print(f"no report: {missing} mutants have not been tested")

@@ -31,6 +31,7 @@ LEFT_OUT = {
     *("narrow_value", "wide_value_bf16", "float64", "kv_block32_bf16", "kv_block48", "hostile_ids", "duplicates"),
     *("more_slots_than_blocks", "lse_gradient_bf16", "sink_columns_bf16", "scale_large_fp16"),
 }
+HALVES = ((64, 16), (64, 64), (256, 64))  # head_dim and kv_block_size
 PACKED = ("per_token_causal", "q_block16_per_sequence", "key_bias", "window", "tokens_of_no_sequence", "everything_bf16")
 
 
@@ -111,6 +112,16 @@ def tile_check(tile_size: int) -> Check:
     return check_of(run_of(inputs, attention.make_plan(inputs, tile_size)), inputs)
 
 
+def rows_check(name: str) -> Check:
+    inputs = inputs_of(name)
+    return check_of(run_of(inputs, attention.plan_of_64_rows(inputs)), inputs)
+
+
+def skipped_check(make: Callable[..., Inputs], *sizes: int) -> Check:
+    inputs = make(*sizes)
+    return check_of(run_of(inputs), inputs)
+
+
 @contextlib.contextmanager
 def split(entries: int, change: Callable[[Parts], Parts] = lambda parts: parts):
     """While a call is traced: lists longer than `entries` have several parts, which `change` then changes."""
@@ -175,6 +186,9 @@ def all_checks() -> dict[str, Callable[[], Check]]:
     cases = {x.name: x for x in CASES if x.name not in LEFT_OUT and attention.as_kernels_take_it(x) is not None}
     return (
         {name: make(case_check, cases.pop(name)) for name in FIRST}
+        | {f"64 rows, {name}": make(rows_check, name) for name in FIRST[:4]}
+        | {f"lists of halves, {sizes}": make(skipped_check, attention.with_lists_of_halves, *sizes) for sizes in HALVES}
+        | {"beyond the window": make(skipped_check, attention.with_blocks_beyond_the_window, 64)}
         | {"parts": make(parts_check, "group2_bf16", 9)}
         | {f"parts, {name}": make(contradiction_check, name) for name in attention.CONTRADICTIONS}
         | {f"bad plan, {bad_id}": make(bad_plan_check, bad_id) for bad_id in (-5, 6, 2**28, 2**31 - 1)}

@@ -3,7 +3,7 @@
 import hashlib
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from sparse_attn_jax.implementations.cuda import host_sim
@@ -20,21 +20,30 @@ VERDICTS = ("simulator", "wrong result", "crash", "timeout", "does not compile",
 HEAD = """\
 # Mutants of the CUDA kernels
 
-`make mutants` breaks the kernels' sources one change at a time: a statement removed, a wait that waits for less, an operand of
-a guard dropped, `<` made `<=`, one side of a choice, a `%`, a mask or a factor gone. Each mutant is compiled for the simulator
-and put through the calls of `tests/test_cuda_on_cpu.py` and `tests/test_varlen.py`, until one of them notices. What follows is
-written by that command; `make mutants ARGS=--check` tells whether it is about the present sources. A survivor either has its
-reason in `tools/mutants/reasons.toml`, or is a missing test.
+`make mutants` breaks the kernels' sources one change at a time: each wait, fence, barrier and arrival removed, or a wait that
+waits for less; each condition always true and always false, each operand of a guard dropped, each choice made always one way.
+Each mutant is compiled for the simulator and put through calls like those of `tests/test_cuda*_on_cpu.py` and
+`tests/test_varlen.py` (`tools/mutants/*checks.py`), until one of them notices. What follows is written by that command;
+`make mutants ARGS=--check` tells whether it is about the present sources. A survivor either has its reason in
+`tools/mutants/reasons.toml`, or is a missing test. `ARGS=--all` also tests what can be wrong in other ways (a statement less,
+`<` for `<=`, no `%`, no factor), and writes no report.
 
 "simulator" counts the mutants that the simulator itself reported: a race, an access out of bounds, a deadlock, a copy that was
 not waited for. The last column is a digest of the source's list of mutants.
 """
 
 
-def all_mutants() -> dict[str, list[Mutant]]:
+# What the report is about. The rest, `make mutants ARGS=--all`, takes as long again.
+REPORTED = (rules.SYNCHRONIZATION, rules.GUARD)
+
+
+def all_mutants(kinds: Collection[str] = REPORTED) -> dict[str, list[Mutant]]:
     """By path."""
-    paths = [str(path.relative_to(CSRC)) for path in mutated_sources()]
-    return {path: rules.find_mutants(path, (CSRC / path).read_text()) for path in paths}
+    found = {}
+    for path in mutated_sources():
+        name = str(path.relative_to(CSRC))
+        found[name] = [mutant for mutant in rules.find_mutants(name, path.read_text()) if mutant.kind in kinds]
+    return found
 
 
 def digest_of(mutants: list[Mutant]) -> str:

@@ -42,6 +42,11 @@ CONTROL = {"if", "for", "while", "switch"}
 COMPILE_TIME = {"constexpr", "static_assert", "using", "template", "typedef"}
 
 
+# Kinds of mutants: a wait, fence, barrier or arrival less; a bound, mask or other condition less; what else can be wrong.
+SYNCHRONIZATION, GUARD, OTHER = KINDS = ("synchronization", "guard", "other")
+SYNCHRONIZES = re.compile(r"wait|sync|fence|commit|arrive|release|expect|skip|barrier")
+
+
 @dataclasses.dataclass(frozen=True)
 class Mutant:
     """The text of `path` with [start, end) replaced."""
@@ -55,6 +60,7 @@ class Mutant:
     whole: tuple[int, int]  # the expression or statement that changes
     whole_after: str
     line: str  # the source's line that changes, without indentation and comments
+    kind: str
     id: str
 
     def apply(self, source: str) -> str:
@@ -80,6 +86,7 @@ class Change:
     after: str
     first: int
     last: int
+    kind: str = OTHER
 
 
 def find_mutants(path: str, source: str) -> list[Mutant]:
@@ -100,7 +107,7 @@ def find_mutants(path: str, source: str) -> list[Mutant]:
         whole = tokens[change.first].start, tokens[change.last - 1].end
         whole_after = f"{join(tokens[change.first : change.start])} {after} {join(tokens[change.end : change.last])}"
         name = f"{path}:{function}:{digest}"
-        mutants.append(Mutant(path, function, start, end, before, after, whole, whole_after, line, name))
+        mutants.append(Mutant(path, function, start, end, before, after, whole, whole_after, line, change.kind, name))
     return mutants
 
 
@@ -252,19 +259,14 @@ class Function:
         self.fixed = [*self.compile_time_parts()]
 
     def changes(self) -> Iterator[Change]:
-        for rule in (
-            self.deleted_statements,
-            self.conditions,
-            self.operands,
-            self.boundaries,
-            self.bare_comparisons,
-            self.choices,
-            self.remainders,
-            self.bit_masks,
-            self.longer_waits,
-            self.factors,
-        ):
-            yield from (change for change in rule() if not self.is_fixed(change.start))
+        rules = {
+            SYNCHRONIZATION: (self.deleted_synchronization, self.longer_waits),
+            GUARD: (self.conditions, self.operands, self.bare_comparisons, self.choices),
+            OTHER: (self.deleted_statements, self.boundaries, self.remainders, self.bit_masks, self.factors),
+        }
+        for kind, of_kind in rules.items():
+            for rule in of_kind:
+                yield from (dataclasses.replace(change, kind=kind) for change in rule() if not self.is_fixed(change.start))
 
     def whole(self, start: int, end: int, after: str) -> Change:
         """A change of an entire expression."""
@@ -373,8 +375,18 @@ class Function:
 
     # --- rules ---
 
+    def deleted_synchronization(self):
+        """Waits, fences, barriers, and what they wait for."""
+        yield from (change for change in self.deletions() if self.synchronizes(change))
+
     def deleted_statements(self):
-        """Calls for their effect, assignments, increments."""
+        """Other calls for their effect, assignments, increments."""
+        yield from (change for change in self.deletions() if not self.synchronizes(change))
+
+    def synchronizes(self, change: Change) -> bool:
+        return any(SYNCHRONIZES.search(token.text) for token in self.tokens[change.start : change.end])
+
+    def deletions(self):
         for start, end in self.statements:
             words = [token.text for token in self.tokens[start:end]]
             if not words or words[0] in KEPT | CONTROL | COMPILE_TIME or words[0] == "static_cast":
