@@ -119,7 +119,7 @@ def piece_seconds(schedule: Schedule, case: Case, device: Device) -> float:
 
 def occupancy(schedule: Schedule, device: Device) -> int:
     """CTAs that fit on an SM."""
-    threads = 32 * schedule.warps
+    threads = schedule.threads
     return min(
         device.shared_bytes // (schedule.shared_bytes + RESERVED_SHARED_BYTES),
         REGISTERS // (threads * schedule.registers),

@@ -36,6 +36,7 @@ from benchmarks.roofline_tables import (
     check_section,
     entries_of,
     goal_sections,
+    kernels_for,
     tile_section,
 )
 from benchmarks.tile_lists import lists_of_case, lists_of_density, sample_lists
@@ -124,9 +125,10 @@ def predict_case(name: str) -> tuple[list[Entry], str]:
         case = case_named(name)
         tile_tokens = tuple(tokens for tokens in TILE_TOKENS if tokens <= case.q_len)
         lists = {case.indices: lists_of_case(case)}
-    entries = [x for kind in lists for x in entries_of(case, kind, lists[kind], tuple(KERNELS), tile_tokens)]
+    entries = [x for kind in lists for x in entries_of(case, kind, lists[kind], kernels_for(case, KERNELS), tile_tokens)]
     title = f"{case.q_len:,} tokens x {case.batch}: {{}}, predicted milliseconds and limit by tokens per tile"
-    tables = [tile_section(title.format(what), entries, tuple(kernels)) for what, kernels in PASSES.items()]
+    kernels = {what: kernels_for(case, names) for what, names in PASSES.items()}
+    tables = [tile_section(title.format(what), entries, names) for what, names in kernels.items()]
     return entries, "\n\n".join(tables)
 
 

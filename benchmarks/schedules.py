@@ -35,6 +35,7 @@ class Schedule:
       keys: keys of a chunk.
       step: walked rows that are multiplied at a time.
       warps: of a CTA, those that multiply.
+      producer_warps: and those that only copy.
       unit_warps: warps that multiply together: 1 for mma, 4 for wgmma.
       owned_arrays: arrays of which a CTA loads its own rows. (Of the walked side it is always two: keys and values, or queries
         and gradients of the output.)
@@ -46,6 +47,8 @@ class Schedule:
       registers: of a thread.
       instructions: `None`: not known, and then no limit.
       tensor: which instruction multiplies, "mma" or "wgmma".
+      strip_tokens: `None`: whole tiles are walked. Else strips of so many tokens, those of which one chose the block, as many
+        in a piece as fit into `rows`.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Schedule:
     keys: int
     step: int
     warps: int
+    producer_warps: int = 0
     unit_warps: int = 1
     owned_arrays: int
     written_arrays: int
@@ -65,6 +69,11 @@ class Schedule:
     registers: int
     instructions: "Instructions | None" = None
     tensor: str = "mma"
+    strip_tokens: int | None = None
+
+    @property
+    def threads(self) -> int:
+        return 32 * (self.warps + self.producer_warps)
 
     @property
     def owned(self) -> int:
@@ -193,27 +202,82 @@ def infllm_v2_forward(case: Case) -> Schedule:
 
 
 def sm90_forward(case: Case, tokens: int) -> Schedule:
-    """A plan, no kernel yet: TMA into three stages, wgmma by one or more warpgroups of 64 rows."""
+    """csrc/sm90/attention_forward.cuh: a warpgroup for each 64 rows, which all share the copies of keys; head_dim up to 128."""
+    return sm90_query_major("forward", case, tokens)
+
+
+def sm90_query_gradient(case: Case, tokens: int) -> Schedule:
+    """The dQ kernel of csrc/sm90/attention_backward.cuh."""
+    return sm90_query_major("query_gradient", case, tokens)
+
+
+def sm90_query_major(kernel: str, case: Case, tokens: int) -> Schedule:
+    if case.kv_block_size < 64 or case.head_dim > 128:
+        raise ValueError("the model knows the SM90 kernels for blocks of 64 keys and more, and head_dim up to 128.")
+    gradients = 1 if kernel == "query_gradient" else 0
     units = -(-tokens * group_size(case) // 64)
-    keys = min(case.kv_block_size, 64)
+    if units > 1:
+        stages = 4 if gradients else 5
+    elif gradients:
+        stages = 2 if case.head_dim == 128 else 3 if case.head_dim > 64 else 4
+    else:
+        stages = 3 if case.head_dim == 128 else 4
+    # Per stage a header for each unit, and four barriers; which keys are seen; the barriers of the rows.
+    small_bytes = stages * (16 * units + 16 + 32) + 64 * units + 16
     return Schedule(
-        name="SM90 forward (planned)",
+        name=f"SM90 {kernel}",
         owns="queries",
         tokens=tokens,
         rows=64 * units,
-        keys=keys,
-        step=keys,
+        keys=64,
+        step=64,
         warps=4 * units,
+        producer_warps=4,
         unit_warps=4,
-        owned_arrays=1,
+        owned_arrays=1 + gradients,
         written_arrays=1,
-        writes_lse=True,
-        shared_products=1,
+        writes_lse=gradients == 0,
+        shared_products=1 + gradients,
         register_products=1,
-        shared_bytes=(64 * units + 3 * 2 * keys) * case.head_dim * ELEMENT_BYTES,
+        shared_bytes=((1 + gradients) * 64 * units + stages * 2 * 64) * case.head_dim * ELEMENT_BYTES + small_bytes,
+        registers=128 if units == 1 else 168,
+        tensor="wgmma",
+    )
+
+
+def sm90_key_gradient(case: Case, tokens: int) -> Schedule:
+    """The dK and dV kernel of csrc/sm90/attention_backward.cuh: two warpgroups take turns at stages of 64 rows."""
+    if case.kv_block_size < 64 or case.head_dim > 128:
+        raise ValueError("the model knows the SM90 kernels for blocks of 64 keys and more, and head_dim up to 128.")
+    stages = 6 if case.head_dim <= 96 else 4
+    # Of stages: tables, strips, barriers. Then the table of keys, the part, a barrier.
+    small_bytes = stages * (64 * TABLE_ROW_BYTES + 16 + 8 * 8 + 16 + 8) + 64 * 16 + 16 + 8
+    return Schedule(
+        name="SM90 key_gradient",
+        owns="keys",
+        tokens=tokens,
+        strip_tokens=strip_tokens(case, tokens),
+        rows=64,
+        keys=64,
+        step=64,
+        warps=8,
+        producer_warps=4,
+        unit_warps=4,
+        owned_arrays=2,
+        written_arrays=2,
+        shared_products=2,
+        register_products=2,
+        shared_bytes=(2 * 64 + stages * 2 * 64) * case.head_dim * ELEMENT_BYTES + small_bytes,
         registers=168,
         tensor="wgmma",
     )
+
+
+def strip_tokens(case: Case, tokens: int) -> int:
+    """Tokens whose rows a copy of the SM90 kernel brings, those that share a list or few: `StripBox` in csrc/sm90/rows.cuh."""
+    shared = tokens if case.q_len <= case.q_block_size else math.gcd(tokens, case.q_block_size)
+    fewest = -(-16 // group_size(case))
+    return min(tokens, 64 // min(group_size(case), 64), max(shared, fewest))
 
 
 def group_size(case: Case) -> int:
@@ -255,7 +319,7 @@ class Work:
 
 
 def work_of(schedule: Schedule, lists: Lists, l2_capacity: float = np.inf) -> Work:
-    find = query_major_work if schedule.owns == "queries" else key_major_work
+    find = query_major_work if schedule.owns == "queries" else strip_work if schedule.strip_tokens else key_major_work
     return find(schedule, lists, tiles_of(lists, schedule.tokens), l2_capacity)
 
 
@@ -284,11 +348,7 @@ def key_major_work(schedule: Schedule, lists: Lists, tiles: Tiles, l2_capacity: 
     lengths = tiles.visits * lists.coverage
     rows = tiles.visit_tokens * group_size(case) * lists.coverage
     parts = parts_of_lists(lists, schedule.tokens, lengths)
-    block = np.arange(lists.num_kv_blocks)
-    keys = np.where(block == block[-1], case.kv_block_size - missing_keys(lists), case.kv_block_size)
-    # The queries that may list a block: all that causality lets see it.
-    first_query = np.clip(block * case.kv_block_size - (case.kv_len - case.q_len), 0, case.q_len) if case.is_causal else 0
-    reach = (case.q_len - first_query) * group_size(case) * row_pair_bytes(case)
+    keys = keys_of_blocks(lists)
     tokens, repeats = group_of_rows(case, PART_ROWS)
     group = (lists, schedule.tokens, tokens, WARP_ROWS, lists.num_kv_blocks * case.kv_block_size)
     scale = lists.coverage * lists.repeats
@@ -300,9 +360,45 @@ def key_major_work(schedule: Schedule, lists: Lists, tiles: Tiles, l2_capacity: 
         steps=seen_by_groups(*group) * repeats * scale,
         edge_steps=edges_of_groups(*group) * repeats * scale,
         longest=np.ceil(lengths / parts).max() * slices,
-        missed=(rows * miss_rate(reach, l2_capacity)).sum() * chunks * lists.repeats,
+        missed=(rows * miss_rate(reach_of_blocks(lists), l2_capacity)).sum() * chunks * lists.repeats,
         summed=((parts > 1) * parts * keys).sum() * lists.repeats,
     )
+
+
+def strip_work(schedule: Schedule, lists: Lists, tiles: Tiles, l2_capacity: float) -> Work:
+    """Exact where each list has one part, and every strip sees a key of each chunk of the blocks that it chose."""
+    case = lists.case
+    chunks, strips = case.kv_block_size // schedule.keys, tiles_of(lists, schedule.strip_tokens)
+    rows_apart = -(-schedule.strip_tokens * group_size(case) // 8) * 8
+    lengths = strips.visits * lists.coverage
+    rows = strips.visit_tokens * group_size(case) * lists.coverage
+    parts = parts_of_lists(lists, schedule.tokens, tiles.visits * lists.coverage)
+    pieces = parts * np.ceil(lengths / parts / (schedule.rows // rows_apart))
+    keys = keys_of_blocks(lists)
+    return Work(
+        ctas=parts.sum() * chunks * lists.repeats,
+        owned=(parts * keys).sum() * lists.repeats,
+        pieces=pieces.sum() * chunks * lists.repeats,
+        items=rows.sum() * chunks * lists.repeats,
+        steps=pieces.sum() * chunks * lists.repeats,
+        longest=(pieces / parts).max(),
+        missed=(rows * miss_rate(reach_of_blocks(lists), l2_capacity)).sum() * chunks * lists.repeats,
+        summed=((parts > 1) * parts * keys).sum() * lists.repeats,
+    )
+
+
+def keys_of_blocks(lists: Lists) -> np.ndarray:
+    """Keys of each block: the last may have fewer."""
+    keys = np.full(lists.num_kv_blocks, lists.case.kv_block_size)
+    keys[-1] -= missing_keys(lists)
+    return keys
+
+
+def reach_of_blocks(lists: Lists) -> np.ndarray:
+    """Bytes of the queries, with the gradients of their outputs, that may list each block: all that causality lets see it."""
+    case, block = lists.case, np.arange(lists.num_kv_blocks)
+    first_query = np.clip(block * case.kv_block_size - (case.kv_len - case.q_len), 0, case.q_len) if case.is_causal else 0
+    return (case.q_len - first_query) * group_size(case) * row_pair_bytes(case)
 
 
 def slices_of_tile(schedule: Schedule, case: Case) -> int:
@@ -371,15 +467,15 @@ def counts_of(schedule: Schedule, case: Case, work: Work) -> Counts:
     unit_rows = WARP_ROWS * schedule.unit_warps
     rows_per_step = schedule.shared_products * (unit_rows + schedule.step) + schedule.register_products * schedule.step
     # Float32 sums have one element more, of the bias, if they are of keys or of both.
-    is_key_major = schedule.owns == "keys"
+    has_table = schedule.owns == "keys" and schedule.unit_warps == 1  # or one that the model leaves out
     sum_bytes = (schedule.written_arrays * case.head_dim + (schedule.shared_products == 2)) * SUM_BYTES
     result_bytes = schedule.written_arrays * row_bytes + schedule.writes_lse * SUM_BYTES
     return Counts(
         loaded=row_bytes * (schedule.owned_arrays * work.owned + 2 * work.items),
         stored=result_bytes * (work.owned - work.summed) + sum_bytes * work.summed,
-        shared_loaded=row_bytes * rows_per_step * work.steps + is_key_major * table_bytes(schedule, work),
+        shared_loaded=row_bytes * rows_per_step * work.steps + has_table * table_bytes(schedule, work),
         shared_stored=row_bytes * (schedule.owned_arrays * schedule.owned * work.ctas + 2 * schedule.walked * work.pieces)
-        + is_key_major * TABLE_ROW_BYTES * schedule.rows * work.pieces,
+        + has_table * TABLE_ROW_BYTES * schedule.rows * work.pieces,
         flops=work.steps * schedule.products * 2 * unit_rows * schedule.step * case.head_dim,
     )
 

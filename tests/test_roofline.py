@@ -25,6 +25,7 @@ from sparse_attn_jax.testing.inputs import make_inputs
 
 DOCUMENT = (Path(__file__).absolute().parent.parent / "docs" / "performance.md").read_text()
 COUNTERS = ("global_loaded", "global_stored", "shared_loaded", "shared_stored", "matrix_instructions")
+MORE_COUNTERS = ("flops", "copied", "operands")
 
 # Cases that the kernels take, each with tokens per tile. A CTA has 64 rows.
 COUNTED = [
@@ -52,15 +53,29 @@ COUNTED = [
 ]  # fmt: skip
 
 
+# The same for the SM90 kernels: tiles whose rows are all there, blocks of which all keys are.
+SIZES = dict(head_dim=64, dtype="bfloat16", kv_block_size=64, num_kv_heads=2)
+COUNTED_ON_SM90 = [
+    (Case(name="one consumer", special="64 rows", q_len=32, kv_len=256, num_q_heads=32, num_slots=2, **SIZES), 4),
+    (Case(name="two consumers", special="128 rows; each skips blocks", q_len=32, kv_len=512, num_q_heads=32, **SIZES), 8),
+    (
+        Case(name="two chunks of a block", special="not causal", q_len=16, kv_len=512, num_q_heads=16, is_causal=False,
+             **SIZES | dict(kv_block_size=128, head_dim=128)), 8,
+    ),
+    (Case(name="strips of 16 tokens", special="no groups", q_len=64, kv_len=256, num_q_heads=2, **SIZES), 64),
+]  # fmt: skip
+
+
 @pytest.fixture
 def launched(cuda_on_cpu, simulated_kernels, monkeypatch):
     """A function that runs forward and backward on the simulator and returns the counters of each launch."""
-    monkeypatch.setenv(library.ARCH, "sm80")
     take = simulated_kernels.host_sim_take_counters
     take.restype = ctypes.c_bool
-    counters = (ctypes.c_uint64 * len(COUNTERS))()
+    names = COUNTERS + MORE_COUNTERS
+    counters = (ctypes.c_uint64 * len(names))()
 
-    def run(case: Case, tokens: int) -> list[dict[str, int]]:
+    def run(case: Case, tokens: int, arch: str) -> list[dict[str, int]]:
+        monkeypatch.setenv(library.ARCH, arch)
         while take(counters):
             continue
         made = make_inputs(case)
@@ -74,7 +89,7 @@ def launched(cuda_on_cpu, simulated_kernels, monkeypatch):
         jax.block_until_ready(differentiate(made.operands))
         found = []
         while take(counters):
-            found.append(dict(zip(COUNTERS, counters)))
+            found.append(dict(zip(names, counters)))
         return found
 
     return run
@@ -110,7 +125,23 @@ def test_counts_are_the_simulators(case, tokens, launched):
         expected.append(dict(zip(COUNTERS, found)))
     if sums := sum_partials_bytes(lists, tokens):
         expected.append(dict(zip(COUNTERS, (*sums, 0, 0, 0))))
-    assert launched(case, tokens) == expected
+    found = [{name: launch[name] for name in COUNTERS} for launch in launched(case, tokens, "sm80")]
+    assert found == expected
+
+
+@pytest.mark.parametrize("case, tokens", COUNTED_ON_SM90, ids=lambda x: getattr(x, "name", ""))
+def test_counts_are_the_simulators_on_sm90(case, tokens, launched):
+    """Rows by tensor copies, products and what they read, results. Not what threads load and store besides."""
+    lists = lists_of_case(case)
+    expected = []
+    for make in (schedules.sm90_forward, schedules.sm90_query_gradient, schedules.sm90_key_gradient):
+        schedule = make(case, tokens)
+        counts = schedules.counts_of(schedule, case, schedules.work_of(schedule, lists))
+        figures = dict(copied=counts.loaded, global_stored=counts.stored, flops=counts.flops, operands=counts.shared_loaded)
+        expected.append(figures)
+    launches = launched(case, tokens, "sm90")
+    assert len(launches) == 3 + (sum_partials_bytes(lists, tokens) is not None)
+    assert [{name: launch[name] for name in expected[0]} for launch in launches[:3]] == expected
 
 
 @pytest.mark.parametrize("head_dim, kv_block_size", [(64, 32), (128, 64), (256, 64)])
@@ -123,6 +154,29 @@ def test_threads_and_shared_memory_are_the_kernels(head_dim, kv_block_size, simu
         named = f"sm80::{config}<sparse_attn::ptx::BFloat16, {head_dim}, {schedule.keys}, "
         found = {(kernel["threads"], kernel["shared_bytes"]) for kernel in kernels if named in kernel["config"]}
         assert found == {(32 * schedule.warps, schedule.shared_bytes)}, config
+
+
+@pytest.mark.parametrize("tokens", [32, 64])
+@pytest.mark.parametrize("head_dim, kv_block_size", [(64, 64), (96, 128), (128, 64)])
+def test_threads_and_shared_memory_are_those_of_sm90(head_dim, kv_block_size, tokens, simulated_kernels):
+    simulated_kernels.sparse_attn_kernels.restype = ctypes.c_char_p
+    kernels = json.loads(simulated_kernels.sparse_attn_kernels())
+    case = Case(name="sizes", special="", head_dim=head_dim, kv_block_size=kv_block_size, dtype="bfloat16")
+    groups = f"Warpgroups<{tokens * 2 // 64}, "
+    for make, config in (
+        (schedules.sm90_forward, "ForwardConfig"),
+        (schedules.sm90_query_gradient, "QueryGradientConfig"),
+        (schedules.sm90_key_gradient, "KeyGradientConfig"),
+    ):
+        schedule = make(case, tokens)
+        sizes = f"{head_dim}, {kv_block_size}, 64, " if schedule.owns == "queries" else f"{head_dim}, 64>"
+        named = f"sm90::{config}<sparse_attn::ptx::BFloat16, {sizes}"
+        found = {
+            (kernel["threads"], kernel["shared_bytes"])
+            for kernel in kernels
+            if named in kernel["config"] and (schedule.owns == "keys" or groups in kernel["config"])
+        }
+        assert found == {(schedule.threads, schedule.shared_bytes)}, config
 
 
 @pytest.mark.parametrize("name, tokens", [("group2_bf16", 3), ("q_block100", 32), ("hostile_ids", 1), ("duplicates", 4)])

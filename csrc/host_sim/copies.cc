@@ -326,7 +326,9 @@ void tensor_load(std::uint32_t to, const TensorMap& map, const int* at, int rank
                  std::uint32_t barrier, Location location) {
   check_box(map, rank, to, location);
   const auto place = coordinates(at, rank);
+  const std::uint64_t loaded = counters().global_bytes_loaded;
   check_global_rows(map, place, Access::kRead, location);
+  counters().copied_bytes_loaded += counters().global_bytes_loaded - loaded;
   start_load(to, box_bytes(map), barrier, location, [map, place, to](unsigned char* shared) {
     const std::size_t size = element_bytes(map), row_bytes = map.box[0] * size;
     std::vector<unsigned char> bytes(row_bytes);

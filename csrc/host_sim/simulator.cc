@@ -306,6 +306,9 @@ bool host_sim_take_counters(std::uint64_t* counters) {
   counters[2] = first.shared_bytes_loaded;
   counters[3] = first.shared_bytes_stored;
   counters[4] = first.matrix_instructions;
+  counters[5] = first.matrix_flops;
+  counters[6] = first.copied_bytes_loaded;
+  counters[7] = first.operand_bytes_loaded;
   finished.pop_front();
   return true;
 }

@@ -255,6 +255,7 @@ void read_operand(std::uint64_t bits, bool is_mn_major, int size, const Product&
                                             product.started}))
     fail(location, *race);
   block.grid.counters.shared_bytes_loaded += size * kDepth * 2;
+  block.grid.counters.operand_bytes_loaded += size * kDepth * 2;
 }
 
 // sums[kRows, columns] += a[kRows, kDepth] b[kDepth, columns].
