@@ -115,7 +115,12 @@ def with_blocks_that_do_not_exist(plan: sa.TilePlan, bad_id: int) -> sa.TilePlan
     tiles, slots = (extend(x, pad, constant_values=bad_id) for x in (plan.inverse_tiles, plan.inverse_slots))
     offsets = np.array(plan.inverse_offsets)
     offsets[..., 0], offsets[..., -1] = -7, 2**31 - 1
-    tiles[tiles < 0] = slots[slots < 0] = bad_id
+    bad_slot = bad_id if bad_id < 0 else max(bad_id, blocks.shape[-1])
+    for row in np.ndindex(tiles.shape[:-1]):
+        # In turn both are bad, the tile, or the slot.
+        unused = np.flatnonzero((tiles[row] < 0) | (tiles[row] == bad_id))
+        tiles[row][unused] = np.where(np.arange(len(unused)) % 3 == 2, 0, bad_id)
+        slots[row][unused] = np.where(np.arange(len(unused)) % 3 == 1, 0, bad_slot)
     bad = dataclasses.replace(
         plan,
         blocks=blocks,

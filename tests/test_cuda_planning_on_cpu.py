@@ -55,6 +55,7 @@ CASES = {
     "one_list_per_query_head": Sizes(90, 64, 4, heads="q", q_block_size=1000, tile_size=32),
     "many_tiles": Sizes(700, 300, 1, 2, kv_block_size=1, tile_size=1, num_slots=4),
     "more_blocks_than_threads": Sizes(20, 3000, 2, kv_block_size=1, num_slots=200, tile_size=7),
+    "more_blocks_than_threads_and_one_row_group": Sizes(3, 3000, kv_block_size=1, num_slots=200, tile_size=1),
     "no_slots": Sizes(20, 60, 2, num_slots=0),
 }
 HOSTILE = np.array([-1, -2, -(2**31), 2**31 - 1, 2**30])
@@ -88,9 +89,10 @@ def test_plan_equals_that_of_xla(name):
     assert_same(build_plan(selection, **sizes.arguments()), expected)
 
 
+@pytest.mark.parametrize("name", ["more_blocks_than_threads", "more_blocks_than_threads_and_one_row_group"])
 @pytest.mark.parametrize("window_blocks", [32, 64, 1024, 4096])
-def test_windows_change_nothing(window_blocks):
-    sizes = CASES["more_blocks_than_threads"]
+def test_windows_change_nothing(window_blocks, name):
+    sizes = CASES[name]
     selection = make_selection(sizes)
     expected = planning.build_plan(selection, **sizes.arguments())
     assert_same(build_plan(selection, **sizes.arguments(), window_blocks=window_blocks), expected)

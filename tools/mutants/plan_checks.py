@@ -41,10 +41,12 @@ def all_checks() -> dict[str, Callable[[], Check]]:
     """What makes each check, by name, in the order in which they run."""
     make = functools.partial
     many, few = tests.CASES["more_blocks_than_threads"], tests.CASES["per_token"]
+    one_list = tests.CASES["more_blocks_than_threads_and_one_row_group"]
     return (
         {name: make(plan_check, sizes) for name, sizes in tests.CASES.items()}
         | {"bad inverse": bad_inverse_check}
         | {f"windows of {blocks}": make(plan_check, many, blocks) for blocks in (32, 64, 1024)}
+        | {f"windows of {blocks}, one list": make(plan_check, one_list, blocks) for blocks in (32, 1024)}
         | {f"lists of {fill}": make(plan_check, few, fill=fill) for fill in (-1, 3)}
         | {f"order {seed}": make(plan_check, tests.CASES["many_tiles"], seed=seed) for seed in ("1", "2")}
         | {"many row groups": make(plan_check, LONG)}
