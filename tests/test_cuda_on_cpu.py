@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 
 import hypothesis
@@ -13,6 +14,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import sparse_attn_jax as sa
+from sparse_attn_jax.implementations import cuda
 from sparse_attn_jax.implementations.cuda import attention_backward, attention_forward, library
 from sparse_attn_jax.implementations.cuda.attention_backward import Parts
 from sparse_attn_jax.testing import compare
@@ -236,6 +238,24 @@ def test_tiles_of_any_size(tile_size):
     """More rows than a thread block computes on, 8 times the 64 at most, or few."""
     inputs = small_case("group8_bf16_d64")
     compare.assert_results_match(results_of(inputs, make_plan(inputs, tile_size)), inputs)
+
+
+@pytest.mark.parametrize("arch", ["sm90"])
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_tiles_are_those_that_the_sm90_kernels_take(head_dim):
+    """64 rows are whole tokens, or the tile has no more. Other tiles the SM80 kernels compute."""
+    largest = 0
+    for group_size, q_block_size, q_len in itertools.product(range(1, 65), (1, 16, 48, 64, 100, 128), (1, 33, 128, 1000)):
+        arrays = {
+            name: jax.ShapeDtypeStruct((1, length, heads, head_dim), "bfloat16")
+            for name, length, heads in (("query", q_len, group_size), ("key", 96, 1), ("value", 96, 1))
+        }
+        indices = jax.ShapeDtypeStruct((1, 1, -(-q_len // q_block_size), 3), "int32")
+        selection = sa.BlockSelection(indices, q_block_size=q_block_size, kv_block_size=16)
+        rows = cuda.tile_size(sa.explain(**arrays, selection=selection, implementation="cuda").problem) * group_size
+        assert rows <= 64 or (rows == 128 and 64 % group_size == 0), (group_size, q_block_size, q_len)
+        largest = max(largest, rows)
+    assert largest == (128 if head_dim == 64 else 64)
 
 
 def plan_of_64_rows(inputs: Inputs) -> sa.TilePlan:

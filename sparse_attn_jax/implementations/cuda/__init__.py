@@ -19,17 +19,25 @@ MAX_SELECTION_GROUP = 64
 
 def build_plan(problem: Problem, selection: BlockSelection) -> TilePlan:
     """The plan for which the kernels are made, without its inverse. They take any other as well."""
-    rows = rows_per_block(problem)
-    tokens = max(1, rows // problem.group_size)
     sizes = dict(q_len=problem.q_len, kv_len=problem.kv_len)
     heads = dict(num_q_heads=problem.num_q_heads, num_kv_heads=problem.num_kv_heads)
-    tile_size = default_tile_size(problem.q_block_size, problem.group_size, problem.q_len, rows, tokens)
-    return planning.build_plan(selection, **sizes, **heads, tile_size=tile_size, with_inverse=False)
+    return planning.build_plan(selection, **sizes, **heads, tile_size=tile_size(problem), with_inverse=False)
 
 
-def rows_per_block(problem: Problem) -> int:
-    """Rows of a tile that thread blocks share keys for: query tokens times the query heads of a KV head."""
-    return 128 if library.arch_for(problem) == 90 and problem.head_dim <= 128 else 64
+def tile_size(problem: Problem) -> int:
+    """Tokens of a tile. With the query heads of a KV head they are the rows for which a thread block loads keys once."""
+    group_size = problem.group_size
+
+    def tokens_of(rows: int) -> int:
+        shared = max(1, rows // group_size)
+        return default_tile_size(problem.q_block_size, group_size, problem.q_len, rows, shared)
+
+    if library.arch_for(problem) == 90 and problem.head_dim <= 128:
+        # Two warpgroups of the SM90 kernels have 64 rows each, which have to be whole tokens, or a part of one.
+        tokens = tokens_of(128)
+        if group_size % 64 == 0 or (64 % group_size == 0 and tokens * group_size % 64 == 0):
+            return tokens
+    return tokens_of(64)
 
 
 def supports(problem: Problem) -> tuple[str, ...]:
