@@ -142,7 +142,7 @@ def read_code(extension: Path) -> list[Code]:
 
 def short_name(name: str) -> str:
     """A C++ name without the namespaces that all share, and without blanks between closing brackets."""
-    return name.replace("sparse_attn::", "").replace("ptx::", "").replace("> >", ">>")
+    return re.sub(r"> +(?=>)", ">", name.replace("sparse_attn::", "").replace("ptx::", ""))
 
 
 def _by_number(text: str) -> list:
