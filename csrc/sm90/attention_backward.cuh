@@ -145,11 +145,11 @@ __device__ __forceinline__ int differentiate_slice(const AttentionBackwardParams
       SPARSE_ATTN_UNROLL
       for (int column = 0; column < kKeys / 8; ++column) {
         const int in_piece = 8 * column % Config::Stream::kPieceKeys;
-        const Piece piece = stream.piece(step, 8 * column / Config::Stream::kPieceKeys, consumer);
+        const int first_key = stream.first_key(step, 8 * column / Config::Stream::kPieceKeys);
         SPARSE_ATTN_UNROLL
         for (int place = 0; place < 4; ++place) {
           const int half = place / 2;
-          const int key = piece.first_key + in_piece + ptx::lane_index() % 4 * 2 + place % 2;
+          const int key = first_key + in_piece + ptx::lane_index() % 4 * 2 + place % 2;
           const float bias =
               in.key_bias == nullptr ? 0 : KeyMask(in, tile.batch, tile.kv_head, key).bias;
           const float x = logits[column][place], base2 = factors.base2(x, bias);
@@ -166,13 +166,13 @@ __device__ __forceinline__ int differentiate_slice(const AttentionBackwardParams
   };
 
   row_ring.wait_full(row_step);
-  int unreleased = -1;  // the step whose keys the last products read
+  bool keeps_keys = false;  // of the chunk before, which the last products read
   const auto release_keys = [&] {
-    if (unreleased >= 0) stream.release_keys(unreleased);
-    unreleased = -1;
+    if (keeps_keys) stream.release_keys(step - 1);
+    keeps_keys = false;
   };
   for (ChunkKind kind; (kind = stream.wait_keys(step, consumer)) != ChunkKind::kEnd; ++step) {
-    if (kind == ChunkKind::kUnseen) {
+    if (Config::Stream::kHasUnseen && kind == ChunkKind::kUnseen) {
       ptx::warpgroup_wait<0>(d_query);
       release_keys();
       stream.skip(step);
@@ -184,7 +184,7 @@ __device__ __forceinline__ int differentiate_slice(const AttentionBackwardParams
     // The sums of the chunk before are over.
     ptx::warpgroup_wait<1>(d_query);
     release_keys();
-    unreleased = step;
+    keeps_keys = true;
     stream.wait_values(step);
     ptx::warpgroup_fence(d_logits);
     multiply_transposed<T, Rows, Chunk>(d_logits, d_out, 0, stream.values(step));
@@ -255,10 +255,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     });
   } else {
     if constexpr (Config::kMovesRegisters) ptx::take_registers<Config::kConsumerRegisters>();
+    const int own = Config::kConsumers == 1 ? 0 : consumer;
     slices.for_each([&](const Tile& tile) {
-      step = differentiate_slice<Config>(arguments.params,
-                                         tile.part(consumer * kProductRows, kProductRows), stream,
-                                         row_ring, slice, step, consumer);
+      step =
+          differentiate_slice<Config>(arguments.params, tile.part(own * kProductRows, kProductRows),
+                                      stream, row_ring, slice, step, own);
       ++slice;
     });
   }

@@ -191,7 +191,7 @@ __device__ __forceinline__ int attend_to_slice(const AttentionForwardParams& p, 
   query_ring.wait_full(query_step);
   ChunkKind kind = stream.wait_keys(step, consumer);
   while (kind != ChunkKind::kEnd) {
-    if (kind == ChunkKind::kUnseen) {
+    if (Config::Stream::kHasUnseen && kind == ChunkKind::kUnseen) {
       stream.skip(step);
       kind = stream.wait_keys(++step, consumer);
       continue;
@@ -217,7 +217,8 @@ __device__ __forceinline__ int attend_to_slice(const AttentionForwardParams& p, 
       ++step;
       kind = stream.wait_keys(step, consumer);
       stream.wait_values(step - 1);  // they came before the keys
-      if (kind == ChunkKind::kEnd || kind == ChunkKind::kUnseen) break;
+      if (kind == ChunkKind::kEnd) break;
+      if (Config::Stream::kHasUnseen && kind == ChunkKind::kUnseen) break;
       // Two groups of products, so that the scores are there first.
       ptx::warpgroup_fence(scores, out, probs);
       multiply_keys();
@@ -289,10 +290,10 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     });
   } else {
     if constexpr (Config::kMovesRegisters) ptx::take_registers<Config::kConsumerRegisters>();
+    const int own = Config::kConsumers == 1 ? 0 : consumer;
     slices.for_each([&](const Tile& tile) {
-      step = attend_to_slice<Config>(arguments.params,
-                                     tile.part(consumer * kProductRows, kProductRows), stream,
-                                     query_ring, slice, step, consumer);
+      step = attend_to_slice<Config>(arguments.params, tile.part(own * kProductRows, kProductRows),
+                                     stream, query_ring, slice, step, own);
       ++slice;
     });
   }

@@ -139,6 +139,8 @@ class KeyStream {
   static constexpr int kPieceKeys = kBlockSize < kKeys ? kBlockSize : kKeys;
   static constexpr int kPieces = kKeys / kPieceKeys;
   using Chunk = Matrix<kKeys, kHeadDim>;
+  // Of a chunk, some row sees something: if there is one consumer, one of its rows.
+  static constexpr bool kHasUnseen = kConsumers > 1;
 
  private:
   static constexpr int kWarps = kWarpgroup / 32;  // of a consumer
@@ -227,6 +229,9 @@ class KeyStream {
   __device__ Piece piece(int step, int i, int consumer) const {
     return ptx::load_shared<Piece>(piece_address(step, i, consumer));
   }
+  __device__ int first_key(int step, int i) const {
+    return ptx::load_shared<int>(piece_address(step, i, 0));
+  }
   __device__ void release_keys(int step) const { keys_.release(step); }
   __device__ void release_values(int step) const { values_.release(step); }
   // A chunk that the consumer has no use for, or the one without keys. Nothing from before may be
@@ -240,37 +245,27 @@ class KeyStream {
   // By the consumers that have this chunk, an edge: zeros to the rows of `chunk`, its keys or
   // values that have come, of keys that no row sees. They may hold NaN, and 0 * NaN is not 0. In
   // `seen` bit 2 c + i says that a row of this thread sees key 8 c + 2 (lane % 4) + i. Uses named
-  // barriers 1 to kConsumers + 1.
+  // barriers from 1 on.
   __device__ void zero_unseen(std::uint32_t chunk, std::uint32_t seen, int step,
                               int consumer) const {
     static_assert(kKeys <= 128, "two bits for eight keys");
     static_assert(kConsumers <= 2);
-    const bool is_shared =
-        kConsumers > 1 && kind(step, consumer ^ (kConsumers - 1)) != ChunkKind::kUnseen;
-    const int lane = ptx::lane_index(), barrier = is_shared ? kConsumers + 1 : consumer + 1,
-              first = is_shared ? 0 : consumer, count = is_shared ? kConsumers : 1;
+    // One consumer is always all of them.
+    const bool is_by_all = kConsumers == 1 || kind(step, 1 - consumer) != ChunkKind::kUnseen;
+    const int lane = ptx::lane_index(), barrier = is_by_all ? 1 : consumer + 2,
+              first = is_by_all ? 0 : consumer, count = is_by_all ? kConsumers : 1;
     const int thread = static_cast<int>(threadIdx.x) - first * kWarpgroup;
     for (int distance = 4; distance < 32; distance *= 2) seen |= ptx::shuffle_xor(seen, distance);
-    struct alignas(16) Words {
-      std::uint32_t x[4];  // by lane % 4
-    };
     const std::uint32_t all_seen = headers_ + kStages * kHeaderBytes;
     if (lane < 4) ptx::store_shared(all_seen + 16 * ptx::warp_index() + 4 * lane, seen);
     ptx::sync_barrier(barrier, count * kWarpgroup);  // the other warps' are there
-    Words by_any = {};
-    for (int warp = first * kWarps; warp < (first + count) * kWarps; ++warp) {
-      const auto by_warp = ptx::load_shared<Words>(all_seen + 16 * warp);
-      for (int i = 0; i < 4; ++i) by_any.x[i] |= by_warp.x[i];
-    }
-    constexpr std::uint32_t kAll = ~0u >> (32 - kKeys / 4);
-    if ((by_any.x[0] & by_any.x[1] & by_any.x[2] & by_any.x[3]) != kAll) {
-      zero_rows<Chunk>(chunk, thread, count * kWarpgroup, [&](int key) {
-        const std::uint32_t low = key % 4 < 2 ? by_any.x[0] : by_any.x[1],
-                            high = key % 4 < 2 ? by_any.x[2] : by_any.x[3];
-        return ((key % 8 < 4 ? low : high) >> (key / 8 * 2 + key % 2) & 1) == 0;
-      });
-      ptx::fence_async_proxy();
-    }
+    zero_rows<Chunk>(chunk, thread, count * kWarpgroup, [&](int key) {
+      std::uint32_t by_any = 0;
+      for (int warp = first * kWarps; warp < (first + count) * kWarps; ++warp)
+        by_any |= ptx::load_shared<std::uint32_t>(all_seen + 16 * warp + key % 8 / 2 * 4);
+      return (by_any >> (key / 8 * 2 + key % 2) & 1) == 0;
+    });
+    ptx::fence_async_proxy();
     ptx::sync_barrier(barrier, count * kWarpgroup);  // products may read all rows
   }
 

@@ -86,7 +86,9 @@ struct Variant {
   }
 
   static constexpr int kQueryStages = kHeadDim >= 128 ? 2 : kHeadDim > 64 ? 3 : 4;
-  using OfQuery = QueryGradientConfig<T, kHeadDim, kBlockSize, 64, kQueryStages, OfOne>;
+  // Two blocks in a chunk take one register more than there are.
+  static constexpr int kQueryKeys = kHeadDim > 128 && kBlockSize == 32 ? 32 : 64;
+  using OfQuery = QueryGradientConfig<T, kHeadDim, kBlockSize, kQueryKeys, kQueryStages, OfOne>;
   using OfQueryOfTwo = QueryGradientConfig<T, kHeadDim, kBlockSize, 64, 4, OfTwo>;
   using OfKey = KeyGradientConfig<T, kHeadDim, std::min(kBlockSize, kProductRows)>;
   using OfParts = SumPartialsConfig<T, kHeadDim>;
