@@ -96,7 +96,9 @@ def window_mask(positions, kv_len: int, window: int, num_sinks: int, causal: boo
 
 
 def assert_same_up_to_rounding(found: np.ndarray, wanted: np.ndarray, scores: np.ndarray, tolerance: float = 1e-5) -> None:
-    """Where two lists differ, the blocks they do not share must have the same scores, up to the tolerance."""
+    """Lists ascend, -1 last; where two differ, the blocks they do not share must have the same scores, up to the tolerance."""
+    before, after = found[..., :-1], found[..., 1:]
+    assert np.all((after == -1) | ((before >= 0) & (before < after))), "a list does not ascend"
     for row in map(tuple, np.argwhere((found != wanted).any(axis=-1))):
         only_found, only_wanted = set(found[row]) - set(wanted[row]), set(wanted[row]) - set(found[row])
         assert -1 not in only_found | only_wanted and len(only_found) == len(only_wanted), (row, found[row], wanted[row])

@@ -191,7 +191,7 @@ def all_checks() -> dict[str, Callable[[], Check]]:
         | {"beyond the window": make(skipped_check, attention.with_blocks_beyond_the_window, 64)}
         | {"parts": make(parts_check, "group2_bf16", 9)}
         | {f"parts, {name}": make(contradiction_check, name) for name in attention.CONTRADICTIONS}
-        | {f"bad plan, {bad_id}": make(bad_plan_check, bad_id) for bad_id in (-5, 6, 2**28, 2**31 - 1)}
+        | {f"bad plan, {bad_id}": make(bad_plan_check, bad_id) for bad_id in (-(2**31), -5, 6, 2**28, 2**31 - 1)}
         | {
             f"{value} in hidden {operand}": make(bad_number_check, operand, value)
             for operand in ("key", "value")
