@@ -210,6 +210,13 @@ def test_report_about_other_sources_is_a_problem():
     assert [problem.split(";")[0].split()[-1] for problem in problems] == ["sm80/toy.cuh", "sm90/toy.cuh"]
 
 
+def test_report_of_mutants_that_were_not_tested_is_a_problem():
+    by_path = {"sm80/toy.cuh": toy_mutants()}
+    verdicts = {mutant.id: None if i < 2 else "crash" for i, mutant in enumerate(by_path["sm80/toy.cuh"])}
+    (problem,) = report.problems(report.report_text(by_path, verdicts, {}), by_path, {})
+    assert problem == "2 mutants of sm80/toy.cuh are not tested; run `make mutants`"
+
+
 def test_reason_for_a_mutant_that_is_no_survivor_is_a_problem():
     (problem,) = report.problems(toy_report(survivors=0), {"sm80/toy.cuh": toy_mutants()}, {"x": "Why."})
     assert problem == "reasons.toml has a reason for x, which is no survivor"

@@ -2,7 +2,6 @@
 
 import argparse
 import concurrent.futures
-import hashlib
 import json
 import os
 import queue
@@ -20,8 +19,7 @@ from tools.mutants.build import CSRC, Objects
 from tools.mutants.rules import Mutant
 
 FOLDER = host_sim.ROOT / "build" / "mutants"
-RESULTS = FOLDER / "results.jsonl"
-TESTS = ("tests/test_cuda*_on_cpu.py", "tests/test_varlen.py", "sparse_attn_jax/testing/*.py", "tools/mutants/*checks.py")
+RESULTS = Path(__file__).parent / "results.txt"
 
 
 def parse() -> argparse.Namespace:
@@ -29,6 +27,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="mutants tested at a time; default: 1")
     parser.add_argument("--only", default="", help="a regular expression; only mutants are tested whose id it is found in")
     parser.add_argument("--all", action="store_true", help="also mutants of which the report says nothing; writes no report")
+    parser.add_argument("--again", action="store_true", help="test survivors again: after a change of the tests")
     parser.add_argument("--fresh", action="store_true", help="forget the results of earlier runs")
     parser.add_argument("--timeout", type=float, default=40, help="seconds of a processor that one check may take; default: 40")
     parser.add_argument("--list", action="store_true", help="print the mutants, and do no more")
@@ -50,17 +49,16 @@ def main() -> int:
         return len(problems) > 0
     FOLDER.mkdir(parents=True, exist_ok=True)
     results = Results(fresh=options.fresh)
-    todo = {mutant.id for mutant in mutants if re.search(options.only, mutant.id) and results.verdict(mutant) is None}
+    wanted = {None, report.SURVIVED} if options.again else {None}
+    todo = {mutant.id for mutant in mutants if re.search(options.only, mutant.id) and results.verdict(mutant) in wanted}
     print(f"{len(mutants)} mutants, {len(todo)} to test", flush=True)
     if todo:
         Session(results, options.timeout).run(by_path, todo, options.jobs)
     verdicts = {mutant.id: results.verdict(mutant) for mutant in mutants}
+    results.tidy(mutants)
     if options.all:
         return 0
-    missing = sum(verdict is None for verdict in verdicts.values())
-    if missing:
-        print(f"no report: {missing} mutants have not been tested")
-        return 1
+    verdicts = {mutant.id: results.verdict(mutant) for mutant in mutants}
     report.REPORT.write_text(report.report_text(by_path, verdicts, report.read_reasons()))
     problems = report.problems(report.REPORT.read_text(), by_path, report.read_reasons())
     print("\n".join([f"wrote {report.REPORT}", *problems]))
@@ -68,35 +66,32 @@ def main() -> int:
 
 
 class Results:
-    """What is known from this run and earlier ones.
-
-    A killed mutant stays killed until its source changes, a survivor until any source or test does.
-    """
+    """What is known from this run and earlier ones, in a file of lines (mutant, digest of its source, verdict)."""
 
     def __init__(self, *, fresh: bool):
         self.lock = threading.Lock()
         self.sources = {path: rules.code_digest((CSRC / path).read_text()) for path in report.all_mutants()}
-        files = sorted(path for pattern in TESTS for path in host_sim.ROOT.glob(pattern))
-        texts = [*map(str, self.sources.values()), *(path.read_text() for path in files)]
-        self.everything = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
         if fresh:
             RESULTS.unlink(missing_ok=True)
         lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-        self.known = {line["key"]: line for line in map(json.loads, lines)}
+        self.known = {(name, source): verdict for name, source, verdict in (line.split(" ", 2) for line in lines)}
 
-    def keys(self, mutant: Mutant) -> tuple[str, str]:
-        return f"{mutant.id} {self.sources[mutant.path]}", f"{mutant.id} {self.everything}"
+    def key(self, mutant: Mutant) -> tuple[str, str]:
+        return mutant.id, self.sources[mutant.path]
 
     def verdict(self, mutant: Mutant) -> str | None:
-        found = [self.known[key]["verdict"] for key in self.keys(mutant) if key in self.known]
-        return found[0] if found else None
+        """`None` if the mutant was not tested since its source changed."""
+        return self.known.get(self.key(mutant))
 
     def add(self, mutant: Mutant, result: dict) -> None:
-        killed, survived = self.keys(mutant)
-        line = dict(key=survived if result["verdict"] == report.SURVIVED else killed) | result
         with self.lock, RESULTS.open("a") as file:
-            self.known[line["key"]] = line
-            print(json.dumps(line), file=file)
+            self.known[self.key(mutant)] = result["verdict"]
+            print(*self.key(mutant), result["verdict"], file=file)
+
+    def tidy(self, mutants: list[Mutant]) -> None:
+        """Leaves one line for each of the present mutants that was tested."""
+        keys = [self.key(mutant) for mutant in mutants if self.verdict(mutant) is not None]
+        RESULTS.write_text("".join(f"{name} {source} {self.known[name, source]}\n" for name, source in keys))
 
 
 def cpu_seconds(process: int) -> float:

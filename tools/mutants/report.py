@@ -16,6 +16,7 @@ REASONS = Path(__file__).parent / "reasons.toml"  # by mutant: why no test can t
 
 SURVIVED = "survived"
 VERDICTS = ("simulator", "wrong result", "crash", "timeout", "does not compile", SURVIVED)
+NOT_TESTED = "not tested"
 
 HEAD = """\
 # Mutants of the CUDA kernels
@@ -54,11 +55,12 @@ def read_reasons() -> dict[str, str]:
     return tomllib.loads(REASONS.read_text())
 
 
-def report_text(mutants: Mapping[str, list[Mutant]], verdicts: Mapping[str, str], reasons: Mapping[str, str]) -> str:
-    rows = [("source", "mutants", *VERDICTS, "digest")]
+def report_text(mutants: Mapping[str, list[Mutant]], verdicts: Mapping[str, str | None], reasons: Mapping[str, str]) -> str:
+    rows = [("source", "mutants", *VERDICTS, NOT_TESTED, "digest")]
     for path, of_path in mutants.items():
         found = [verdicts[mutant.id] for mutant in of_path]
-        rows.append((path, len(found), *(found.count(verdict) for verdict in VERDICTS), f"`{digest_of(of_path)}`"))
+        counts = (found.count(verdict) for verdict in (*VERDICTS, None))
+        rows.append((path, len(found), *counts, f"`{digest_of(of_path)}`"))
     sums = [sum(column) for column in list(zip(*rows[1:]))[1:-1]]
     rows.append(("all", *sums, ""))
     lines = [HEAD, *table(rows), "", "## Survivors"]
@@ -94,9 +96,12 @@ def problems(report: str, mutants: Mapping[str, list[Mutant]], reasons: Mapping[
     """What keeps a report from being one about these mutants, with a reason for each survivor."""
     found = []
     digests = dict(re.findall(r"^\| (\S+/\S+) .*`(\w+)` +\|$", report, re.MULTILINE))
+    untested = dict(re.findall(r"^\| (\S+/\S+) .* (\d+) +\| `\w+` +\|$", report, re.MULTILINE))
     for path in sorted(mutants.keys() | digests.keys()):
         if path not in mutants or digests.get(path) != digest_of(mutants[path]):
             found.append(f"the report is not about the present {path}; run `make mutants`")
+        elif untested[path] != "0":
+            found.append(f"{untested[path]} mutants of {path} are not tested; run `make mutants`")
     survivors = survivors_in(report)
     for name, reason in survivors.items():
         if reason == "**none**":
