@@ -222,6 +222,10 @@ def test_reason_for_a_mutant_that_is_no_survivor_is_a_problem():
     assert problem == "reasons.toml has a reason for x, which is no survivor"
 
 
+def test_survivors_in_the_committed_report_have_their_reasons():
+    assert report.survivors_in(report.REPORT.read_text()) == report.read_reasons()
+
+
 @pytest.mark.parametrize("bad", ["void f() { (1]; }", "void f() { } }"])
 def test_source_whose_brackets_do_not_match(bad):
     with pytest.raises((ValueError, IndexError)):
