@@ -21,8 +21,7 @@ def test_explain_names_the_choice_and_every_reason_against_the_others():
     assert explanation.implementation == "xla"
     assert set(explanation.reasons) == {"mosaic", "cuda", "xla"}
     assert explanation.reasons["xla"] == ()
-    for name in ("mosaic", "cuda"):
-        assert any("no " in reason for reason in explanation.reasons[name])
+    for name in ("mosaic", "cuda"):  # cuda has no kernels either, unless they were compiled
         assert any("platform is 'cpu'" in reason for reason in explanation.reasons[name])
         assert f"not {name}: " in str(explanation)
     assert explanation.problem.is_causal and explanation.problem.group_size == 2
@@ -37,7 +36,7 @@ def test_explain_computes_nothing():
 
 @pytest.mark.parametrize("name", ["mosaic", "cuda"])
 def test_named_implementation_never_falls_back(name):
-    with pytest.raises(NotImplementedError, match=f"{name}: .*kernels.*platform is 'cpu'"):
+    with pytest.raises(NotImplementedError, match=f"{name}: .*platform is 'cpu'"):
         sa.block_sparse_attention(*arguments(), implementation=name)
     assert sa.explain(*arguments(), implementation=name).implementation is None
 
