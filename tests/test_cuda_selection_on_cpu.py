@@ -165,9 +165,11 @@ def test_top_k(options):
 
 @pytest.mark.parametrize("sinks, local", [(0, 1), (3, 1), (0, 7), (2, 60), (70, 1)])
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
-def test_forced_blocks(is_causal, sinks, local):
+@pytest.mark.parametrize("q_offset", [0, 300])
+def test_forced_blocks(q_offset, is_causal, sinks, local):
+    """Also sinks after the query's own block, which it sees if nothing is causal."""
     options = dict(num_sink_blocks=sinks, num_local_blocks=local, top_k=sinks + local + 2, is_causal=is_causal)
-    assert_as_defined(make_call(50, 2, 1, q_offset=300, **SMALL, **options))
+    assert_as_defined(make_call(50, 2, 1, q_offset=q_offset, **SMALL, **options))
 
 
 def call_of_many_segments(key_of: str) -> Call:

@@ -157,6 +157,9 @@ def all_checks() -> dict[str, Callable[[], Check]]:
         for sinks, local in ((0, 1), (3, 1), (2, 60), (70, 1)):
             options = dict(num_sink_blocks=sinks, num_local_blocks=local, top_k=sinks + local + 2, is_causal=is_causal)
             calls[f"{sinks} sinks, {local} local, {is_causal}"] = make(defined_of, 50, 2, 1, q_offset=300, **SMALL, **options)
+            calls[f"{sinks} sinks, {local} local, {is_causal}, early"] = make(
+                defined_of, 50, 2, 1, q_offset=0, **SMALL, **options
+            )
     calls |= {f"segments, {key_of}": make(segments_check, key_of) for key_of in ("random", "ascending", "descending")}
     for gaps in ({}, dict(block_size=8, kernel_size=4, kernel_stride=20)):
         for blocks in (1, 5, 30):
