@@ -193,7 +193,7 @@ TEST(bytes_are_counted) {
 }
 
 TEST(counters_are_taken_in_the_order_of_launches) {
-  std::uint64_t taken[5];
+  std::uint64_t taken[sizeof(host_sim::Counters) / sizeof(std::uint64_t)];
   while (host_sim_take_counters(taken)) continue;
   run(32, 1024, [] { ptx::store_shared<int>(4 * thread(), 1); });
   run(64, 1024, [] { ptx::store_shared<int>(4 * thread(), 1); });

@@ -14,7 +14,8 @@ import jaxlib.version
 ROOT = Path(__file__).absolute().parents[3]
 CSRC = ROOT / "csrc"
 COMPILER = "g++"
-FLAGS = ("-std=c++20", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror")
+# Unique symbols would be shared with the compiled kernels, if a process loads both: each has its own list of them.
+FLAGS = ("-std=c++20", "-O2", "-fPIC", "-fno-gnu-unique", "-Wall", "-Wextra", "-Werror")
 SUFFIXES = (".cc", ".cu", ".cuh", ".h")
 
 
