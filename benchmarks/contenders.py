@@ -5,6 +5,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +13,13 @@ import jax.numpy as jnp
 import sparse_attn_jax as sa
 from benchmarks import machine
 from benchmarks.workloads import Workload
+from sparse_attn_jax.implementations.cuda import library
 from sparse_attn_jax.testing.inputs import Inputs
 
 FORWARD, FORWARD_BACKWARD = "forward", "forward_backward"
 # What a contender is left when it is asked to fit into the memory that is free.
 MEMORY_SHARE = 0.6
 GIBIBYTE = 2**30
-# The environment variable that names the kernels to run.
-CUDA_ARCH = "SPARSE_ATTN_CUDA_ARCH"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,15 +86,8 @@ class Implementation:
 @contextlib.contextmanager
 def kernels_of(cuda_arch: str) -> Iterator[None]:
     """What is compiled inside has the CUDA kernels of `cuda_arch`, unless that is ""."""
-    before = os.environ.get(CUDA_ARCH)
-    try:
-        if cuda_arch:
-            os.environ[CUDA_ARCH] = cuda_arch
+    with mock.patch.dict(os.environ, {library.ARCH: cuda_arch} if cuda_arch else {}):
         yield
-    finally:
-        os.environ.pop(CUDA_ARCH, None)
-        if before is not None:
-            os.environ[CUDA_ARCH] = before
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,9 +34,7 @@ def make_contenders(op: str, implementations, baselines, dense_max_len: int, cud
         made += map(Selector, implementations)
     if op in ("attention", "both"):
         for name in implementations:
-            made += (
-                [Implementation(name, arch) for arch in cuda_archs] if name == "cuda" and cuda_archs else [Implementation(name)]
-            )
+            made += (Implementation(name, arch) for arch in (cuda_archs if name == "cuda" and cuda_archs else ("",)))
         made += (make_baseline(name, dense_max_len) for name in baselines)
     return tuple(made)
 

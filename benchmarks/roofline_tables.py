@@ -97,8 +97,7 @@ KERNELS = FORWARD | BACKWARD
 
 def kernels_for(case: Case, names: Iterable[str]) -> tuple[str, ...]:
     """Those whose schedules the model knows for such a case."""
-    is_large = case.kv_block_size >= 64 and case.head_dim <= 128
-    return tuple(name for name in names if is_large or not name.endswith("SM90"))
+    return tuple(name for name in names if schedules.knows_sm90(case) or not name.endswith("SM90"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -201,6 +201,11 @@ def infllm_v2_forward(case: Case) -> Schedule:
     )
 
 
+def knows_sm90(case: Case) -> bool:
+    """Whether the schedules of csrc/sm90 below are those of such a case."""
+    return case.kv_block_size >= 64 and case.head_dim <= 128
+
+
 def sm90_forward(case: Case, tokens: int) -> Schedule:
     """csrc/sm90/attention_forward.cuh: a warpgroup for each 64 rows, which all share the copies of keys; head_dim up to 128."""
     return sm90_query_major("forward", case, tokens)
@@ -212,7 +217,7 @@ def sm90_query_gradient(case: Case, tokens: int) -> Schedule:
 
 
 def sm90_query_major(kernel: str, case: Case, tokens: int) -> Schedule:
-    if case.kv_block_size < 64 or case.head_dim > 128:
+    if not knows_sm90(case):
         raise ValueError("the model knows the SM90 kernels for blocks of 64 keys and more, and head_dim up to 128.")
     gradients = 1 if kernel == "query_gradient" else 0
     units = -(-tokens * group_size(case) // 64)
@@ -247,7 +252,7 @@ def sm90_query_major(kernel: str, case: Case, tokens: int) -> Schedule:
 
 def sm90_key_gradient(case: Case, tokens: int) -> Schedule:
     """The dK and dV kernel of csrc/sm90/attention_backward.cuh: two warpgroups take turns at stages of 64 rows."""
-    if case.kv_block_size < 64 or case.head_dim > 128:
+    if not knows_sm90(case):
         raise ValueError("the model knows the SM90 kernels for blocks of 64 keys and more, and head_dim up to 128.")
     stages = 6 if case.head_dim <= 96 else 4
     # Of stages: tables, strips, barriers. Then the table of keys, the part, a barrier.

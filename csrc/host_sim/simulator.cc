@@ -300,15 +300,7 @@ Counters launch(Dim3 shape, Dim3 block, const Settings& settings,
 bool host_sim_take_counters(std::uint64_t* counters) {
   const std::lock_guard lock(finished_mutex);
   if (finished.empty()) return false;
-  const Counters& first = finished.front();
-  counters[0] = first.global_bytes_loaded;
-  counters[1] = first.global_bytes_stored;
-  counters[2] = first.shared_bytes_loaded;
-  counters[3] = first.shared_bytes_stored;
-  counters[4] = first.matrix_instructions;
-  counters[5] = first.matrix_flops;
-  counters[6] = first.copied_bytes_loaded;
-  counters[7] = first.operand_bytes_loaded;
+  std::memcpy(counters, &finished.front(), sizeof(Counters));
   finished.pop_front();
   return true;
 }

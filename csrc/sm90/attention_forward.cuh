@@ -290,6 +290,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     });
   } else {
     if constexpr (Config::kMovesRegisters) ptx::take_registers<Config::kConsumerRegisters>();
+    // The compiler does not know that it is 0 where there is one.
     const int own = Config::kConsumers == 1 ? 0 : consumer;
     slices.for_each([&](const Tile& tile) {
       step = attend_to_slice<Config>(arguments.params, tile.part(own * kProductRows, kProductRows),

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sparse_attn_jax.implementations.cuda import host_sim
 from tools.mutants import report, rules
-from tools.mutants.build import CSRC, Objects
+from tools.mutants.build import CSRC, Objects, mutated_sources
 from tools.mutants.rules import Mutant
 
 FOLDER = host_sim.ROOT / "build" / "mutants"
@@ -54,8 +54,7 @@ def main() -> int:
     print(f"{len(mutants)} mutants, {len(todo)} to test", flush=True)
     if todo:
         Session(results, options.timeout).run(by_path, todo, options.jobs)
-    verdicts = {mutant.id: results.verdict(mutant) for mutant in mutants}
-    results.tidy(mutants)
+    results.tidy()
     if options.all:
         return 0
     verdicts = {mutant.id: results.verdict(mutant) for mutant in mutants}
@@ -70,7 +69,7 @@ class Results:
 
     def __init__(self, *, fresh: bool):
         self.lock = threading.Lock()
-        self.sources = {path: rules.code_digest((CSRC / path).read_text()) for path in report.all_mutants()}
+        self.sources = {str(path.relative_to(CSRC)): rules.code_digest(path.read_text()) for path in mutated_sources()}
         if fresh:
             RESULTS.unlink(missing_ok=True)
         lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
@@ -88,8 +87,9 @@ class Results:
             self.known[self.key(mutant)] = result["verdict"]
             print(*self.key(mutant), result["verdict"], file=file)
 
-    def tidy(self, mutants: list[Mutant]) -> None:
-        """Leaves one line for each of the present mutants that was tested."""
+    def tidy(self) -> None:
+        """Leaves one line for each of the present mutants, of any kind, that was tested."""
+        mutants = (mutant for of_path in report.all_mutants(rules.KINDS).values() for mutant in of_path)
         keys = [self.key(mutant) for mutant in mutants if self.verdict(mutant) is not None]
         RESULTS.write_text("".join(f"{name} {source} {self.known[name, source]}\n" for name, source in keys))
 
