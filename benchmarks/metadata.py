@@ -10,6 +10,7 @@ from benchmarks.schedules import (
     ELEMENT_BYTES,
     SUM_BYTES,
     Schedule,
+    Work,
     entries_per_part,
     group_size,
     lists_per_tile,
@@ -27,6 +28,11 @@ def metadata_bytes(schedule: Schedule, lists: Lists) -> int:
     """Of all threads. The lists must be complete: no sample."""
     words = query_major_words if schedule.owns == "queries" else key_major_words
     return int(words(schedule, lists)) * lists.repeats * WORD_BYTES
+
+
+def counter_bytes(schedule: Schedule, work: Work) -> int:
+    """Of the counter from which CTAs take the slices of query tiles: loaded, and stored again."""
+    return WORD_BYTES * int(work.ctas) if schedule.owns == "queries" else 0
 
 
 def query_major_words(schedule: Schedule, lists: Lists) -> int:

@@ -17,6 +17,7 @@ from sparse_attn_jax.testing.cases import Case
 
 ELEMENT_BYTES = 2
 SUM_BYTES = 4
+NUMBER_BYTES = 4
 MATRIX_FLOPS = 2 * 16 * 8 * 16  # of an mma.m16n8k16
 WARP_ROWS = 16  # that a warp owns
 # The key-major kernel: rows of a tile that it computes on at a time, and bytes of each in a table in shared memory.
@@ -49,6 +50,7 @@ class Schedule:
       tensor: which instruction multiplies, "mma" or "wgmma".
       strip_tokens: `None`: whole tiles are walked. Else strips of so many tokens, those of which one chose the block, as many
         in a piece as fit into `rows`.
+      tells_threads: a CTA computes several slices, and each of its threads reads in shared memory which comes next.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Schedule:
     instructions: "Instructions | None" = None
     tensor: str = "mma"
     strip_tokens: int | None = None
+    tells_threads: bool = False
 
     @property
     def threads(self) -> int:
@@ -149,9 +152,10 @@ def sm80_query_major(kernel: str, case: Case, tokens: int, warps: int | None) ->
         writes_lse=gradients == 0,
         shared_products=1 + gradients,
         register_products=1,
-        shared_bytes=((1 + gradients) * rows + 2 * 2 * keys) * padded_row_bytes(case),
+        shared_bytes=((1 + gradients) * rows + 2 * 2 * keys) * padded_row_bytes(case) + 16,
         registers=REGISTERS[kernel],
         instructions=INSTRUCTIONS[kernel],
+        tells_threads=True,
     )
 
 
@@ -227,8 +231,8 @@ def sm90_query_major(kernel: str, case: Case, tokens: int) -> Schedule:
         stages = 2 if case.head_dim == 128 else 3 if case.head_dim > 64 else 4
     else:
         stages = 3 if case.head_dim == 128 else 4
-    # Per stage a header for each unit, and four barriers; which keys are seen; the barriers of the rows.
-    small_bytes = stages * (16 * units + 16 + 32) + 64 * units + 16
+    # Per stage a header for each unit, and four barriers; which keys are seen; the barriers of the rows; which slices come.
+    small_bytes = stages * (16 * units + 16 + 32) + 64 * units + 16 + 48
     return Schedule(
         name=f"SM90 {kernel}",
         owns="queries",
@@ -301,7 +305,7 @@ class Work:
     """What the CTAs of a schedule find to do.
 
     Attributes:
-      ctas: number of CTAs.
+      ctas: number of CTAs, or of slices of tiles that CTAs compute one after the other.
       owned: owned rows that exist.
       pieces: walked pieces.
       items: walked rows that exist.
@@ -475,12 +479,16 @@ def counts_of(schedule: Schedule, case: Case, work: Work) -> Counts:
     has_table = schedule.owns == "keys" and schedule.unit_warps == 1  # or one that the model leaves out
     sum_bytes = (schedule.written_arrays * case.head_dim + (schedule.shared_products == 2)) * SUM_BYTES
     result_bytes = schedule.written_arrays * row_bytes + schedule.writes_lse * SUM_BYTES
+    told_bytes = NUMBER_BYTES * schedule.tells_threads * work.ctas
     return Counts(
         loaded=row_bytes * (schedule.owned_arrays * work.owned + 2 * work.items),
         stored=result_bytes * (work.owned - work.summed) + sum_bytes * work.summed,
-        shared_loaded=row_bytes * rows_per_step * work.steps + has_table * table_bytes(schedule, work),
+        shared_loaded=row_bytes * rows_per_step * work.steps
+        + has_table * table_bytes(schedule, work)
+        + schedule.threads * told_bytes,
         shared_stored=row_bytes * (schedule.owned_arrays * schedule.owned * work.ctas + 2 * schedule.walked * work.pieces)
-        + has_table * TABLE_ROW_BYTES * schedule.rows * work.pieces,
+        + has_table * TABLE_ROW_BYTES * schedule.rows * work.pieces
+        + told_bytes,
         flops=work.steps * schedule.products * 2 * unit_rows * schedule.step * case.head_dim,
     )
 

@@ -63,8 +63,9 @@ struct AttentionInputs {
 
 struct AttentionForwardParams {
   AttentionInputs in;
-  void* out;   // T [batch, q_len, num_q_heads, head_dim]
-  float* lse;  // [batch, q_len, num_q_heads], natural logarithm
+  void* out;                // T [batch, q_len, num_q_heads, head_dim]
+  float* lse;               // [batch, q_len, num_q_heads], natural logarithm
+  std::int32_t* num_taken;  // scratch: how many slices of query tiles CTAs have taken
 };
 
 // For each KV block the tiles that chose it, as `TilePlan` has it, and how long lists are split.
@@ -85,11 +86,12 @@ struct AttentionBackwardParams {
   const float* lse;    // [batch, q_len, num_q_heads]
   const float* delta;  // [batch, q_len, num_q_heads]: sum(out * d_out) - d_lse
   InverseParams inverse;
-  float* partials;    // [batch, num_kv_heads, num_partials, kv_block_size, 2 * head_dim + 2]
-  void* d_query;      // T, as query
-  void* d_key;        // T [batch, kv_len, num_kv_heads, head_dim]
-  void* d_value;      // as d_key
-  float* d_key_bias;  // [batch, num_kv_heads, kv_len] or null
+  float* partials;          // [batch, num_kv_heads, num_partials, kv_block_size, 2 * head_dim + 2]
+  void* d_query;            // T, as query
+  void* d_key;              // T [batch, kv_len, num_kv_heads, head_dim]
+  void* d_value;            // as d_key
+  float* d_key_bias;        // [batch, num_kv_heads, kv_len] or null
+  std::int32_t* num_taken;  // as that of the forward
 };
 
 // Means of keys, by which blocks are scored: unit j is that of the tokens stride * j to

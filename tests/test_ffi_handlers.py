@@ -52,9 +52,10 @@ GRADIENTS = {
     "d_key_bias": ((BATCH, NUM_KV_HEADS, KV_LEN), "float32"),
     "partials": ((BATCH, NUM_KV_HEADS, NUM_PARTIALS, KV_BLOCK_SIZE, 2 * HEAD_DIM + 2), "float32"),
 }
+SCRATCH = {"num_taken": ((BATCH, NUM_KV_HEADS), "int32")}
 CALLS = {
-    library.ATTENTION_FORWARD: (INPUTS, {"out": (QUERY, "bfloat16"), "lse": (QUERY[:3], "float32")}),
-    library.ATTENTION_BACKWARD: (INPUTS | RESIDUALS, GRADIENTS),
+    library.ATTENTION_FORWARD: (INPUTS, {"out": (QUERY, "bfloat16"), "lse": (QUERY[:3], "float32")} | SCRATCH),
+    library.ATTENTION_BACKWARD: (INPUTS | RESIDUALS, GRADIENTS | SCRATCH),
 }
 ATTRIBUTES = dict(
     scale=np.float32(0.125),
@@ -104,7 +105,7 @@ def test_sound_call(target):
     """What the other tests change, one thing at a time. Values are 0, and so are all results but the lse."""
     for (name, (shape, dtype)), result in zip(CALLS[target][1].items(), call(target), strict=True):
         assert result.shape == shape and result.dtype == dtype
-        assert name in ("lse", "partials") or not np.any(np.asarray(result, np.float32)), name
+        assert name in ("lse", "partials", *SCRATCH) or not np.any(np.asarray(result, np.float32)), name
 
 
 @pytest.mark.parametrize("target, name", [(target, name) for target in CALLS for name in CALLS[target][0]])

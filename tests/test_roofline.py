@@ -13,7 +13,7 @@ import pytest
 import sparse_attn_jax as sa
 from benchmarks import roofline, roofline_tables, schedules
 from benchmarks.devices import A100, H100
-from benchmarks.metadata import metadata_bytes, sum_partials_bytes
+from benchmarks.metadata import counter_bytes, metadata_bytes, sum_partials_bytes
 from benchmarks.prediction import predict
 from benchmarks.roofline_tables import INFLLM_V2, TOKEN_CASES
 from benchmarks.tile_lists import Lists, lists_of_case, lists_of_density, sample_lists, tiles_of, visible_pairs
@@ -119,9 +119,10 @@ def test_counts_are_the_simulators(case, tokens, launched):
     lists = lists_of_case(case)
     expected = []
     for schedule in launched_schedules(case, tokens):
-        counts = schedules.counts_of(schedule, case, schedules.work_of(schedule, lists))
-        loaded = counts.loaded + metadata_bytes(schedule, lists)
-        found = (loaded, counts.stored, counts.shared_loaded, counts.shared_stored, counts.matrix_instructions)
+        work = schedules.work_of(schedule, lists)
+        counts, counter = schedules.counts_of(schedule, case, work), counter_bytes(schedule, work)
+        loaded, stored = counts.loaded + metadata_bytes(schedule, lists) + counter, counts.stored + counter
+        found = (loaded, stored, counts.shared_loaded, counts.shared_stored, counts.matrix_instructions)
         expected.append(dict(zip(COUNTERS, found)))
     if sums := sum_partials_bytes(lists, tokens):
         expected.append(dict(zip(COUNTERS, (*sums, 0, 0, 0))))
@@ -136,8 +137,10 @@ def test_counts_are_the_simulators_on_sm90(case, tokens, launched):
     expected = []
     for make in (schedules.sm90_forward, schedules.sm90_query_gradient, schedules.sm90_key_gradient):
         schedule = make(case, tokens)
-        counts = schedules.counts_of(schedule, case, schedules.work_of(schedule, lists))
-        figures = dict(copied=counts.loaded, global_stored=counts.stored, flops=counts.flops, operands=counts.shared_loaded)
+        work = schedules.work_of(schedule, lists)
+        counts = schedules.counts_of(schedule, case, work)
+        stored = counts.stored + counter_bytes(schedule, work)
+        figures = dict(copied=counts.loaded, global_stored=stored, flops=counts.flops, operands=counts.shared_loaded)
         expected.append(figures)
     launches = launched(case, tokens, "sm90")
     assert len(launches) == 3 + (sum_partials_bytes(lists, tokens) is not None)

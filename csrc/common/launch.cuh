@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "common/ptx.cuh"
+#include "common/slices.cuh"
 #include "launchers.h"
 
 namespace sparse_attn {
@@ -49,6 +50,19 @@ constexpr int registers_of() {
     return 0;
   }
 }
+#else
+inline Status status_of(cudaError_t error) {
+  if (error == cudaSuccess) return {};
+  cudaGetLastError();  // else the next caller of CUDA on this thread would find it
+  return std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);
+}
+
+template <class Params>
+cudaError_t allow_shared_bytes(void (*kernel)(Params), std::uint32_t bytes) {
+  if (bytes <= 48 * 1024) return cudaSuccess;  // what a block may have without asking
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(bytes));
+}
 #endif
 
 // No allocation, no synchronisation: a launch may be captured into a CUDA graph.
@@ -72,13 +86,9 @@ Status launch(void (*kernel)(Params), const Grid& grid, const Params& params,
   } catch (const host_sim::Error& error) {
     return error.what();
   }
+  return {};
 #else
-  cudaError_t error = cudaSuccess;
-  // What a block may have without asking.
-  if (shared_bytes > 48 * 1024) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(shared_bytes));
-  }
+  cudaError_t error = allow_shared_bytes(kernel, shared_bytes);
   if (error == cudaSuccess) {
     cudaLaunchConfig_t config{};
     config.gridDim = grid.as<dim3>();
@@ -87,39 +97,51 @@ Status launch(void (*kernel)(Params), const Grid& grid, const Params& params,
     config.stream = context.stream;
     error = cudaLaunchKernelEx(&config, kernel, params);
   }
-  if (error != cudaSuccess) {
-    cudaGetLastError();  // else the next caller of CUDA on this thread would find it
-    return std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);
-  }
+  return status_of(error);
 #endif
-  return {};
 }
 
-// How many blocks of one per multiprocessor run at the same time on the current device.
-inline int num_multiprocessors() {
+// Starts a kernel whose blocks share the slices of query tiles: as many blocks as run at the same
+// time on the current device, or fewer if there are fewer slices.
+template <class Config, class Params>
+Status launch_slices(void (*kernel)(Params), const AttentionInputs& in, std::int32_t* num_taken,
+                     const Params& params, const LaunchContext& context) {
+  const std::int64_t slices = Slices::count(in, Config::kRows);
+  if (slices == 0) return {};
 #if SPARSE_ATTN_HOST_SIM
-  return 3;  // so that small grids are not whole rounds
+  const int blocks = 3;  // so that some have several slices
+  *num_taken = 0;
 #else
-  int device = 0, count = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
+  int device = 0, multiprocessors = 0, blocks = 0;
+  cudaError_t error = allow_shared_bytes(kernel, Config::kSharedBytes);
+  if (error == cudaSuccess) error = cudaGetDevice(&device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess) {
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, Config::kThreads,
+                                                          Config::kSharedBytes);
+  }
+  if (error == cudaSuccess)
+    error = cudaMemsetAsync(num_taken, 0, sizeof(*num_taken), context.stream);
+  if (Status status = status_of(error)) return status;
+  // 0 if a block does not fit: then the launch says so.
+  blocks = std::max(1, blocks * multiprocessors);
 #endif
+  if (slices > INT32_MAX - blocks) {
+    return std::to_string(slices) + " slices of query tiles (batch * num_kv_heads * q_len * " +
+           "group size / " + std::to_string(Config::kRows) + "); there may be " +
+           std::to_string(INT32_MAX - blocks);
+  }
+  return launch<Config>(kernel, {std::min<std::int64_t>(slices, blocks), 1, 1}, params, context);
 }
 
-// Kernels that run one after the other. Each has a `Config`, an entry `kKernel`, and the `grid` of
-// its parameters.
+// Kernels that run one after the other, each with a function that starts it.
 template <class... Kernels>
 struct Sequence {
   template <class Params>
   static Status run(const Params& params, const LaunchContext& context) {
     Status status;
-    const auto start = [&]<class Kernel>() {
-      status =
-          launch<typename Kernel::Config>(Kernel::kKernel, Kernel::grid(params), params, context);
-      return !status;
-    };
-    static_cast<void>((start.template operator()<Kernels>() && ...));
+    static_cast<void>((... && !(status = Kernels::run(params, context))));
     return status;
   }
 };

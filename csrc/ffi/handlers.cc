@@ -17,7 +17,7 @@ VariantKey key_of(const Call& call, const Attributes& attributes) {
 template <class... Stream>
 ffi::Error forward(ffi::RemainingArgs args, ffi::RemainingRets rets, Attributes attributes,
                    Stream... stream) {
-  Call call(args, rets, names_of_call({"out", "lse"}), 2);
+  Call call(args, rets, names_of_call({"out", "lse", "num_taken"}), 3);
   if (call.check.error()) return ffi::Error::InvalidArgument(*call.check.error());
   AttentionForwardParams params{};
   params.in = read_inputs(call, attributes);
@@ -25,6 +25,7 @@ ffi::Error forward(ffi::RemainingArgs args, ffi::RemainingRets rets, Attributes 
   const auto q = call["query"].dimensions();
   params.out = call.get<void>("out", call["query"].element_type(), {q[0], q[1], q[2], q[3]});
   params.lse = call.get<float>("lse", kFloat, {q[0], q[1], q[2]});
+  params.num_taken = call.get<std::int32_t>("num_taken", kInt, {q[0], call["key"].dimensions()[2]});
   if (call.check.error()) return ffi::Error::InvalidArgument(*call.check.error());
   return result_of(attention_forward(key_of(call, attributes), params,
                                      context_of(call, attributes.seed, stream...)));
@@ -36,8 +37,8 @@ ffi::Error backward(ffi::RemainingArgs args, ffi::RemainingRets rets, Attributes
   Call call(args, rets,
             names_of_call({"d_out", "lse", "delta", "inverse_offsets", "inverse_tiles",
                            "inverse_slots", "inverse_parts", "first_partials", "d_query", "d_key",
-                           "d_value", "d_key_bias", "partials"}),
-            5);
+                           "d_value", "d_key_bias", "partials", "num_taken"}),
+            6);
   if (call.check.error()) return ffi::Error::InvalidArgument(*call.check.error());
   AttentionBackwardParams params{};
   params.in = read_inputs(call, attributes);
@@ -71,6 +72,7 @@ ffi::Error backward(ffi::RemainingArgs args, ffi::RemainingRets rets, Attributes
   params.d_key = call.get<void>("d_key", dtype, {q[0], k[1], k[2], k[3]});
   params.d_value = call.get<void>("d_value", dtype, {q[0], k[1], k[2], k[3]});
   params.d_key_bias = call.option<float>("d_key_bias", kFloat, {q[0], k[2], k[1]});
+  params.num_taken = call.get<std::int32_t>("num_taken", kInt, {q[0], k[2]});
   if (call.check.error()) return ffi::Error::InvalidArgument(*call.check.error());
   return result_of(attention_backward(key_of(call, attributes), params,
                                       context_of(call, attributes.seed, stream...)));

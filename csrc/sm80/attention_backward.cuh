@@ -13,6 +13,7 @@
 #include "common/tile.cuh"
 #include "params.h"
 #include "sm80/matrix.cuh"
+#include "sm80/slices.cuh"
 
 namespace sparse_attn::sm80 {
 
@@ -25,18 +26,17 @@ struct QueryGradientConfig {
   static constexpr int kRows = 16 * kWarps_;
   using Ring = KeyRing<kHeadDim, kKeys, kThreads>;
   static constexpr int kTileBytes = kRows * kRowBytes<kHeadDim>;
-  static constexpr int kSharedBytes = 2 * kTileBytes + Ring::kBytes;
+  static constexpr int kSharedBytes = 2 * kTileBytes + Ring::kBytes + NextSlice::kBytes;
   static_assert(kSharedBytes <= kMostSharedBytes);
 };
 
-template <class Config>
-__global__ void __launch_bounds__(Config::kThreads)
-    query_gradient(const __grid_constant__ AttentionBackwardParams p) {
+// Calls `end_walk` when no more keys are read.
+template <class Config, class EndWalk>
+__device__ __forceinline__ void differentiate_slice(const AttentionBackwardParams& p,
+                                                    const Tile& tile, EndWalk end_walk) {
   using T = typename Config::T;
   constexpr int kHeadDim = Config::kHeadDim, kKeys = Config::kKeys;
   const AttentionInputs& in = p.in;
-  const Tile tile(in.shape, in.plan, Config::kRows, static_cast<int>(blockIdx.z),
-                  static_cast<int>(blockIdx.y), static_cast<int>(gridDim.x - 1 - blockIdx.x));
   const Chunks<kKeys> chunks(in, tile);
   const int warp = ptx::warp_index(), lane = ptx::lane_index();
   const int rows[2] = {16 * warp + lane / 4, 16 * warp + lane / 4 + 8};
@@ -116,6 +116,7 @@ __global__ void __launch_bounds__(Config::kThreads)
     ptx::sync_threads();  // the stage may be written again
   }
   ptx::copy_wait<0>();
+  end_walk();
   SPARSE_ATTN_UNROLL
   for (int half = 0; half < 2; ++half) {
     if (rows[half] < tile.num_rows) {
@@ -123,6 +124,16 @@ __global__ void __launch_bounds__(Config::kThreads)
                              in.scale);
     }
   }
+}
+
+// Without the 1, a register is spilled for one more CTA per multiprocessor.
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    query_gradient(const __grid_constant__ AttentionBackwardParams p) {
+  const Slices slices(p.in, p.num_taken, Config::kRows);
+  NextSlice next(ptx::shared_base() + 2 * Config::kTileBytes + Config::Ring::kBytes);
+  for (int slice = Slices::first(); slices.has(slice); slice = next.share())
+    differentiate_slice<Config>(p, slices.tile(slice), [&] { next.take(slices); });
 }
 
 // Which gradients a CTA sums: both, if the registers hold them.

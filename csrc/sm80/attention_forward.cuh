@@ -1,14 +1,17 @@
 // Block-sparse flash attention, forward, for compute capability 8.0.
 //
-// A CTA has one query tile: its rows are the tile's tokens times the query heads of one KV head, 16
-// per warp. It walks the tile's union list. Keys and values of a chunk (a block, or a part of a
-// large one) come by cp.async into one of two stages while the other is computed on. Scores stay in
-// registers; rows that did not choose a block, and keys that the token mask hides, get -inf.
+// A CTA has one slice of a query tile after the other: its rows are tokens times the query heads of
+// one KV head, 16 per warp. It walks the tile's union list. Keys and values of a chunk (a block, or
+// a part of a large one) come by cp.async into one of two stages while the other is computed on.
+// Scores stay in registers; rows that did not choose a block, and keys that the token mask hides,
+// get -inf.
 #pragma once
 
+#include "common/slices.cuh"
 #include "common/tile.cuh"
 #include "params.h"
 #include "sm80/matrix.cuh"
+#include "sm80/slices.cuh"
 
 namespace sparse_attn::sm80 {
 
@@ -21,7 +24,7 @@ struct ForwardConfig {
   static constexpr int kRows = 16 * kWarps_;
   using Ring = KeyRing<kHeadDim, kKeys, kThreads>;
   static constexpr int kQueryBytes = kRows * kRowBytes<kHeadDim>;
-  static constexpr int kSharedBytes = kQueryBytes + Ring::kBytes;
+  static constexpr int kSharedBytes = kQueryBytes + Ring::kBytes + NextSlice::kBytes;
   static_assert(kHeadDim % 16 == 0 && kKeys % 16 == 0 && kSharedBytes <= kMostSharedBytes);
 };
 
@@ -62,17 +65,13 @@ struct Accumulator {
   }
 };
 
-// Without the 1, ptxas spills a few registers for one more CTA per multiprocessor.
-template <class Config>
-__global__ void __launch_bounds__(Config::kThreads, 1)
-    attention_forward(const __grid_constant__ AttentionForwardParams p) {
+// Calls `end_walk` when no more keys are read.
+template <class Config, class EndWalk>
+__device__ __forceinline__ void attend_to_slice(const AttentionForwardParams& p, const Tile& tile,
+                                                EndWalk end_walk) {
   using T = typename Config::T;
   constexpr int kHeadDim = Config::kHeadDim, kKeys = Config::kKeys;
   const AttentionInputs& in = p.in;
-  const Tile tile(in.shape, in.plan, Config::kRows, static_cast<int>(blockIdx.z),
-                  static_cast<int>(blockIdx.y),
-                  // Later tiles see more keys: they go first.
-                  static_cast<int>(gridDim.x - 1 - blockIdx.x));
   const Chunks<kKeys> chunks(in, tile);
   const int warp = ptx::warp_index(), lane = ptx::lane_index();
   const int rows[2] = {16 * warp + lane / 4, 16 * warp + lane / 4 + 8};
@@ -140,6 +139,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     ptx::sync_threads();  // the stage may be written again
   }
   ptx::copy_wait<0>();
+  end_walk();
 
   SPARSE_ATTN_UNROLL
   for (int half = 0; half < 2; ++half) {
@@ -155,6 +155,16 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       ptx::store_global(p.lse + offset, sum == 0 ? -INFINITY : lse);
     }
   }
+}
+
+// Without the 1, ptxas spills a few registers for one more CTA per multiprocessor.
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    attention_forward(const __grid_constant__ AttentionForwardParams p) {
+  const Slices slices(p.in, p.num_taken, Config::kRows);
+  NextSlice next(ptx::shared_base() + Config::kQueryBytes + Config::Ring::kBytes);
+  for (int slice = Slices::first(); slices.has(slice); slice = next.share())
+    attend_to_slice<Config>(p, slices.tile(slice), [&] { next.take(slices); });
 }
 
 }  // namespace sparse_attn::sm80

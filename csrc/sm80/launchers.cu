@@ -9,51 +9,44 @@
 namespace sparse_attn::sm80 {
 namespace {
 
+std::int64_t num_kv_blocks(const AttentionShape& shape) {
+  return (std::int64_t{shape.kv_len} + shape.kv_block_size - 1) / shape.kv_block_size;
+}
+
 Grid grid_of(std::int64_t x, const AttentionInputs& in) {
   return {x, in.shape.num_kv_heads, in.shape.batch};
 }
 
 template <class Config>
-Grid grid_of_slices(const AttentionInputs& in) {
-  const std::int64_t slices = Tile::slices_per_tile(in.shape, in.plan, Config::kRows);
-  return grid_of(in.plan.num_tiles * slices, in);
-}
-
-std::int64_t num_kv_blocks(const AttentionShape& shape) {
-  return (std::int64_t{shape.kv_len} + shape.kv_block_size - 1) / shape.kv_block_size;
-}
-
-template <class Config_>
 struct Forward {
-  using Config = Config_;
-  static constexpr auto kKernel = &attention_forward<Config>;
-  static Grid grid(const AttentionForwardParams& p) { return grid_of_slices<Config>(p.in); }
-};
-
-template <class Config_>
-struct QueryGradient {
-  using Config = Config_;
-  static constexpr auto kKernel = &query_gradient<Config>;
-  static Grid grid(const AttentionBackwardParams& p) { return grid_of_slices<Config>(p.in); }
-};
-
-template <class Config_>
-struct KeyGradients {
-  using Config = Config_;
-  static constexpr auto kKernel = &key_gradient<Config>;
-  static Grid grid(const AttentionBackwardParams& p) {
-    // Blocks with several parts have at most as many as there is room for their sums.
-    const std::int64_t parts = num_kv_blocks(p.in.shape) + p.inverse.num_partials;
-    return grid_of(parts * (p.in.shape.kv_block_size / Config::kKeys), p.in);
+  static Status run(const AttentionForwardParams& p, const LaunchContext& context) {
+    return launch_slices<Config>(&attention_forward<Config>, p.in, p.num_taken, p, context);
   }
 };
 
-template <class Config_>
+template <class Config>
+struct QueryGradient {
+  static Status run(const AttentionBackwardParams& p, const LaunchContext& context) {
+    return launch_slices<Config>(&query_gradient<Config>, p.in, p.num_taken, p, context);
+  }
+};
+
+template <class Config>
+struct KeyGradients {
+  static Status run(const AttentionBackwardParams& p, const LaunchContext& context) {
+    // Blocks with several parts have at most as many as there is room for their sums.
+    const std::int64_t parts = num_kv_blocks(p.in.shape) + p.inverse.num_partials,
+                       chunks = parts * (p.in.shape.kv_block_size / Config::kKeys);
+    return launch<Config>(&key_gradient<Config>, grid_of(chunks, p.in), p, context);
+  }
+};
+
+template <class Config>
 struct SumPartials {
-  using Config = Config_;
-  static constexpr auto kKernel = &sum_partials<Config>;
-  static Grid grid(const AttentionBackwardParams& p) {
-    return grid_of(p.inverse.num_partials == 0 ? 0 : num_kv_blocks(p.in.shape), p.in);
+  static Status run(const AttentionBackwardParams& p, const LaunchContext& context) {
+    if (p.inverse.num_partials == 0) return {};
+    return launch<Config>(&sum_partials<Config>, grid_of(num_kv_blocks(p.in.shape), p.in), p,
+                          context);
   }
 };
 

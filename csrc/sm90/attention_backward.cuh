@@ -58,7 +58,9 @@ struct QueryGradientConfig : Warpgroups_ {
   // Each consumer's queries and gradients of outputs.
   using RowRing = Ring<1, kConsumers * 2 * Rows::kBytes, kConsumers * kWarpgroup / 32>;
   using Stream = KeyStream<kHeadDim, kBlockSize, kKeys, kStages, kConsumers>;
-  static constexpr int kSharedBytes = RowRing::kBytes + Stream::kBytes + RowRing::kBarrierBytes;
+  using Turns = SliceRing<kConsumers * kWarpgroup / 32>;
+  static constexpr int kSharedBytes =
+      RowRing::kBytes + Stream::kBytes + RowRing::kBarrierBytes + Turns::kBytes;
   static_assert(kSharedBytes <= shared_bytes_of(Warpgroups_::kBlocks));
 };
 
@@ -219,26 +221,29 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     query_gradient(const __grid_constant__ AttentionBackwardArguments arguments) {
   using Rows = typename Config::Rows;
   const AttentionInputs& in = arguments.params.in;
-  const std::uint32_t rows = ptx::shared_base(), keys = rows + Config::RowRing::kBytes;
+  const std::uint32_t rows = ptx::shared_base(), keys = rows + Config::RowRing::kBytes,
+                      barriers = keys + Config::Stream::kBytes;
   const typename Config::Stream stream(keys);
-  const typename Config::RowRing row_ring(rows, keys + Config::Stream::kBytes);
+  const typename Config::RowRing row_ring(rows, barriers);
+  const typename Config::Turns turns(barriers + Config::RowRing::kBarrierBytes);
   if (threadIdx.x == 0) {
     stream.init();
     row_ring.init();
+    turns.init();
     ptx::mbarrier_init_fence();
   }
   ptx::sync_threads();  // the barriers can be used
 
-  const Slices slices(in, Config::kRows);
+  const Slices slices(in, arguments.params.num_taken, Config::kRows);
   const int consumer = Config::consumer();
-  int slice = 0, step = 0;
+  int step = 0;
   if (consumer == Config::kConsumers) {
     if constexpr (Config::kMovesRegisters) ptx::release_registers<Config::kProducerRegisters>();
     if (ptx::warp_index() != Config::kConsumerThreads / 32) return;
     // A tile may have fewer rows: whatever lies in the others, nothing is stored for them.
     const int row_bytes =
         Config::kConsumers * 2 * SliceBox(in.shape, in.plan).rows() * 2 * Config::kHeadDim;
-    slices.for_each([&](const Tile& tile) {
+    turns.produce(slices, [&](const Tile& tile, int slice) {
       if (ptx::lane_index() == 0) {
         row_ring.wait_empty(slice);
         const std::uint32_t full = row_ring.full(slice);
@@ -251,17 +256,15 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
         }
       }
       step = stream.produce(in, tile, arguments.key, arguments.value, step);
-      ++slice;
     });
   } else {
     if constexpr (Config::kMovesRegisters) ptx::take_registers<Config::kConsumerRegisters>();
     // The compiler does not know that it is 0 where there is one.
     const int own = Config::kConsumers == 1 ? 0 : consumer;
-    slices.for_each([&](const Tile& tile) {
+    turns.consume(slices, [&](const Tile& tile, int slice) {
       step =
           differentiate_slice<Config>(arguments.params, tile.part(own * kProductRows, kProductRows),
                                       stream, row_ring, slice, step, own);
-      ++slice;
     });
   }
 }

@@ -9,10 +9,12 @@
 // before by its values.
 #pragma once
 
+#include "common/slices.cuh"
 #include "common/tile.cuh"
 #include "params.h"
 #include "sm90/keys.cuh"
 #include "sm90/matrix.cuh"
+#include "sm90/slices.cuh"
 
 namespace sparse_attn::sm90 {
 
@@ -52,38 +54,10 @@ struct ForwardConfig : Warpgroups_ {
   static constexpr int kQueryBytes = kConsumers * Query::kBytes;
   using QueryRing = Ring<1, kQueryBytes, kConsumers * kWarpgroup / 32>;
   using Stream = KeyStream<kHeadDim, kBlockSize, kKeys, kStages, kConsumers>;
-  static constexpr int kSharedBytes = kQueryBytes + Stream::kBytes + QueryRing::kBarrierBytes;
+  using Turns = SliceRing<kConsumers * kWarpgroup / 32>;
+  static constexpr int kSharedBytes =
+      kQueryBytes + Stream::kBytes + QueryRing::kBarrierBytes + Turns::kBytes;
   static_assert(kSharedBytes <= shared_bytes_of(Warpgroups_::kBlocks));
-};
-
-// The slices that a CTA computes on, later ones first, as they see more keys. All slices of a head
-// follow each other, because they share keys. In every other round the CTAs go in reverse, so that
-// none always has the longest one.
-class Slices {
- public:
-  __device__ explicit Slices(const AttentionInputs& in, int rows)
-      : in_(in),
-        rows_(rows),
-        slices_(in.plan.num_tiles * Tile::slices_per_tile(in.shape, in.plan, rows)),
-        count_(static_cast<std::int64_t>(in.shape.batch) * in.shape.num_kv_heads * slices_) {}
-
-  template <class Compute>
-  __device__ void for_each(Compute compute) const {
-    bool is_reversed = false;
-    for (std::int64_t first = 0; first < count_; first += gridDim.x, is_reversed = !is_reversed) {
-      const std::int64_t i = first + (is_reversed ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
-      if (i >= count_) continue;
-      const int pair = static_cast<int>(i / slices_), slice = static_cast<int>(i % slices_);
-      const Tile tile(in_.shape, in_.plan, rows_, pair / in_.shape.num_kv_heads,
-                      pair % in_.shape.num_kv_heads, slices_ - 1 - slice);
-      if (tile.num_rows > 0) compute(tile);
-    }
-  }
-
- private:
-  const AttentionInputs& in_;
-  int rows_, slices_;
-  std::int64_t count_;
 };
 
 // The running softmax of the two rows that a thread shares with three others.
@@ -256,26 +230,28 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
   using Query = typename Config::Query;
   const AttentionInputs& in = arguments.params.in;
   const std::uint32_t query = ptx::shared_base();
-  const typename Config::Stream stream(query + Config::kQueryBytes);
-  const typename Config::QueryRing query_ring(query,
-                                              query + Config::kQueryBytes + Config::Stream::kBytes);
+  const std::uint32_t keys = query + Config::kQueryBytes, barriers = keys + Config::Stream::kBytes;
+  const typename Config::Stream stream(keys);
+  const typename Config::QueryRing query_ring(query, barriers);
+  const typename Config::Turns turns(barriers + Config::QueryRing::kBarrierBytes);
   if (threadIdx.x == 0) {
     stream.init();
     query_ring.init();
+    turns.init();
     ptx::mbarrier_init_fence();
   }
   ptx::sync_threads();
 
-  const Slices slices(in, Config::kRows);
+  const Slices slices(in, arguments.params.num_taken, Config::kRows);
   const int consumer = Config::consumer();
-  int slice = 0, step = 0;
+  int step = 0;
   if (consumer == Config::kConsumers) {
     // A tile may have fewer rows: whatever lies in the others, nothing is stored for them.
     const int query_bytes =
         Config::kConsumers * SliceBox(in.shape, in.plan).rows() * 2 * Config::kHeadDim;
     if constexpr (Config::kMovesRegisters) ptx::release_registers<Config::kProducerRegisters>();
     if (ptx::warp_index() != Config::kConsumerThreads / 32) return;
-    slices.for_each([&](const Tile& tile) {
+    turns.produce(slices, [&](const Tile& tile, int slice) {
       if (ptx::lane_index() == 0) {
         query_ring.wait_empty(slice);
         const std::uint32_t full = query_ring.full(slice);
@@ -286,16 +262,14 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
         }
       }
       step = stream.produce(in, tile, arguments.key, arguments.value, step);
-      ++slice;
     });
   } else {
     if constexpr (Config::kMovesRegisters) ptx::take_registers<Config::kConsumerRegisters>();
     // The compiler does not know that it is 0 where there is one.
     const int own = Config::kConsumers == 1 ? 0 : consumer;
-    slices.for_each([&](const Tile& tile) {
+    turns.consume(slices, [&](const Tile& tile, int slice) {
       step = attend_to_slice<Config>(arguments.params, tile.part(own * kProductRows, kProductRows),
                                      stream, query_ring, slice, step, own);
-      ++slice;
     });
   }
 }

@@ -38,14 +38,6 @@ std::int64_t num_kv_blocks(const AttentionShape& shape) {
   return (std::int64_t{shape.kv_len} + shape.kv_block_size - 1) / shape.kv_block_size;
 }
 
-// As many blocks as run at the same time, or fewer if there are fewer slices.
-template <class Config>
-Grid grid_of_slices(const AttentionInputs& in) {
-  const std::int64_t slices = Tile::slices_per_tile(in.shape, in.plan, Config::kRows),
-                     all = in.plan.num_tiles * slices * in.shape.num_kv_heads * in.shape.batch;
-  return {std::min<std::int64_t>(all, num_multiprocessors() * Config::kBlocks), 1, 1};
-}
-
 template <class T>
 constexpr Dtype kDtype = std::is_same_v<T, ptx::BFloat16> ? Dtype::kBFloat16 : Dtype::kFloat16;
 
@@ -81,8 +73,8 @@ struct Variant {
         .query = map_of_rows<T, kHeadDim>(in.query, in.shape, SliceBox(in.shape, in.plan)),
         .key = map_of_keys<T, kHeadDim>(in.key, in.shape, Config::Stream::kPieceKeys),
         .value = map_of_keys<T, kHeadDim>(in.value, in.shape, Config::Stream::kPieceKeys)};
-    return launch<Config>(&attention_forward<Config>, grid_of_slices<Config>(in), arguments,
-                          context);
+    return launch_slices<Config>(&attention_forward<Config>, in, params.num_taken, arguments,
+                                 context);
   }
 
   static constexpr int kQueryStages = kHeadDim >= 128 ? 2 : kHeadDim > 64 ? 3 : 4;
@@ -109,9 +101,9 @@ struct Variant {
     const std::int64_t blocks = num_kv_blocks(in.shape), partials = params.inverse.num_partials;
     try {
       const auto differentiate_queries = [&]<class Config>(Config) {
-        return launch<Config>(&query_gradient<Config>, grid_of_slices<Config>(in),
-                              arguments_of(SliceBox(in.shape, in.plan), Config::Stream::kPieceKeys),
-                              context);
+        const SliceBox rows(in.shape, in.plan);
+        return launch_slices<Config>(&query_gradient<Config>, in, params.num_taken,
+                                     arguments_of(rows, Config::Stream::kPieceKeys), context);
       };
       Status status;
       if constexpr (kSharesKeys) {

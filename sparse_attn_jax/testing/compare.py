@@ -107,21 +107,41 @@ def dense_attention(mask, query, key, value, key_bias=None, *, scale=None, logit
     return out.reshape(batch, q_len, num_q_heads, -1), lse.swapaxes(1, 2)
 
 
-def assert_results_match(actual: Results, inputs: Inputs, mask: np.ndarray | None = None) -> None:
+def effect_of_rounded_out(inputs: Inputs, mask: np.ndarray) -> Results:
+    """How far gradients may be off if sum(out * d_out) is taken of `out` as it was rounded to the inputs' dtype.
+
+    That sum stands where d_lse does, with the other sign: an error of it is a cotangent of lse. FlashAttention's backward keeps
+    nothing but `out`, which shows where the weights are nearly all on one key, and gradients nearly cancel.
+    """
+    out = oracle_results(inputs, mask)["out"]
+    # Of independent errors of at most half an epsilon each.
+    rounding = jnp.finfo(inputs.dtype).eps / 2 * np.linalg.norm(out * np.asarray(inputs.d_out, np.float64), axis=-1)
+    found = oracle.attention(mask, **inputs.operands, d_lse=rounding, **score_options(inputs))
+    return dict(zip(RESULT_NAMES[: 2 + len(inputs.operands)], found, strict=False))
+
+
+def assert_results_match(
+    actual: Results, inputs: Inputs, mask: np.ndarray | None = None, *, with_rounded_out: bool = False
+) -> None:
     """Raises `AssertionError` unless `actual` is attention under `mask`, as exact as its dtype allows.
 
     Args:
       actual: results by name; those that are absent are not checked.
       inputs: what they were computed from.
       mask: bool [batch, num_q_heads, q_len, kv_len]. Default: that of `inputs`.
+      with_rounded_out: allow gradients what `effect_of_rounded_out` says besides, for inputs of which nothing is known.
     """
     mask = mask_of(inputs) if mask is None else mask
     expected, reference = oracle_results(inputs, mask), reference_results(inputs, mask)
+    more = effect_of_rounded_out(inputs, mask) if with_rounded_out else {}
     for name, values in actual.items():
-        assert_close(name, values, expected[name], reference[name], dtype=inputs.dtype)
+        allowance = more.get(name, 0.0) if name.startswith("d_") else 0.0
+        assert_close(name, values, expected[name], reference[name], dtype=inputs.dtype, allowance=allowance)
 
 
-def assert_close(name: str, actual, expected: np.ndarray, reference, *, dtype: str) -> None:
+def assert_close(
+    name: str, actual, expected: np.ndarray, reference, *, dtype: str, allowance: np.ndarray | float = 0.0
+) -> None:
     """Raises `AssertionError` where `actual` is further from `expected` than the factors and floors above allow.
 
     Args:
@@ -130,6 +150,7 @@ def assert_close(name: str, actual, expected: np.ndarray, reference, *, dtype: s
       expected: the oracle's values, float64.
       reference: a dense reference's values, computed in `dtype`.
       dtype: the dtype of query, key and value. lse is held to float32 even if that is of 16 bits.
+      allowance: an array whose norm is allowed besides.
     """
     actual, reference = np.asarray(actual, np.float64), np.asarray(reference, np.float64)
     assert actual.shape == expected.shape, f"`{name}` has shape {actual.shape}, expected {expected.shape}."
@@ -143,7 +164,7 @@ def assert_close(name: str, actual, expected: np.ndarray, reference, *, dtype: s
     dtype = "float32" if name == "lse" and dtype in ("float16", "bfloat16") else dtype
     factor = GRADIENT_FACTOR if name.startswith("d_") else FORWARD_FACTOR
     for measure, norm, floor in (("RMS", root_mean_square, RMS_FLOOR), ("max", largest, MAX_FLOOR)):
-        limit = max(factor * norm(reference_error), floor[dtype] * norm(size), ABSOLUTE_FLOOR[dtype])
+        limit = max(factor * norm(reference_error), floor[dtype] * norm(size), ABSOLUTE_FLOOR[dtype]) + norm(allowance)
         if not norm(error) <= limit:
             worst = np.unravel_index(np.abs(error).argmax(), error.shape)
             raise AssertionError(

@@ -27,6 +27,7 @@ BACKWARD = EntryPoint(
         Result("d_value", "btkd"),
         Result("d_key_bias", "bkt", "float32"),
         Result("partials", "bkmuv", "float32"),
+        Result("num_taken", "bk", "int32"),
     ),
 )
 
@@ -96,6 +97,6 @@ def backward(
     attributes = library.call_attributes(problem) | attention_attributes(problem, plan)
     sizes = dict(m=parts.max_partials, u=problem.kv_block_size, v=2 * problem.head_dim + 2)
     without = ("d_key_bias",) if bias is None else ()
-    d_query, d_key, d_value, d_bias, _ = BACKWARD(*arguments, sizes=sizes, without=without, **attributes)
+    d_query, d_key, d_value, d_bias, *_ = BACKWARD(*arguments, sizes=sizes, without=without, **attributes)
     d_bias = None if bias is None else d_bias.astype(bias.dtype)
     return dataclasses.replace(operands, query=d_query, key=d_key, value=d_value, key_bias=d_bias)

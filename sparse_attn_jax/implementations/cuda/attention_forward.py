@@ -8,7 +8,11 @@ from sparse_attn_jax.implementations.cuda.custom_call import EntryPoint, Result
 from sparse_attn_jax.planning import TilePlan
 from sparse_attn_jax.problem import Operands, Problem, TokenMask
 
-FORWARD = EntryPoint(library.ATTENTION_FORWARD, tuple(AXES.values()), (Result("out", "bshd"), Result("lse", "bsh", "float32")))
+FORWARD = EntryPoint(
+    library.ATTENTION_FORWARD,
+    tuple(AXES.values()),
+    (Result("out", "bshd"), Result("lse", "bsh", "float32"), Result("num_taken", "bk", "int32")),
+)
 
 
 def forward(problem: Problem, operands: Operands, plan: TilePlan, mask: TokenMask) -> tuple[jax.Array, jax.Array]:
@@ -19,4 +23,5 @@ def forward(problem: Problem, operands: Operands, plan: TilePlan, mask: TokenMas
       float32. A row that sees nothing has out 0 and lse -inf.
     """
     attributes = library.call_attributes(problem) | attention_attributes(problem, plan)
-    return FORWARD(*attention_arguments(problem, operands, plan, mask), **attributes)
+    out, lse, _ = FORWARD(*attention_arguments(problem, operands, plan, mask), **attributes)
+    return out, lse
