@@ -11,12 +11,16 @@ inline float float_of_bfloat16(std::uint16_t bits) {
 }
 
 inline float float_of_float16(std::uint16_t bits) {
-  const std::uint32_t sign = (bits & 0x8000u) << 16;
-  // The exponent's bias grows by 112; so do those of subnormal numbers, by a product.
-  const float magnitude = (bits & 0x7c00) == 0x7c00
-                              ? std::bit_cast<float>(0x7f800000u | (bits & 0x3ffu) << 13)
-                              : std::bit_cast<float>((bits & 0x7fffu) << 13) * 0x1p112f;
-  return std::bit_cast<float>(std::bit_cast<std::uint32_t>(magnitude) | sign);
+  const std::uint32_t sign = (bits & 0x8000u) << 16, exponent = bits >> 10 & 31,
+                      fraction = bits & 0x3ffu;
+  // Those that are subnormal here are not so in 32 bits, and no step on the way may be: XLA's
+  // threads take subnormal numbers for zero.
+  if (exponent == 0) {
+    const float magnitude = static_cast<float>(fraction) * 0x1p-24f;
+    return std::bit_cast<float>(std::bit_cast<std::uint32_t>(magnitude) | sign);
+  }
+  const std::uint32_t wider = exponent == 31 ? 255 : exponent + 112;
+  return std::bit_cast<float>(sign | wider << 23 | fraction << 13);
 }
 
 // To nearest, ties to even.

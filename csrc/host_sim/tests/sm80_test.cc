@@ -2,6 +2,9 @@
 #include <array>
 #include <cmath>
 #include <random>
+#ifdef __SSE__
+#include <xmmintrin.h>
+#endif
 
 #include "host_sim/tests/test.h"
 #include "sm80/ptx.cuh"
@@ -71,6 +74,29 @@ TEST(rounding_to_float16) {
   CHECK(round(1.0f + 0x1p-11f) == 0x3c00 && round(1.0f + 0x1p-10f + 0x1p-11f) == 0x3c02);
   CHECK(round(65520.0f) == 0x7c00 && round(0x1p-24f) == 1 && round(0x1p-26f) == 0);
   CHECK(half_of(ptx::pack<ptx::Float16>(0.0f, 1.0f), 1) == 0x3c00);
+}
+
+TEST(every_float16_where_the_processor_has_no_subnormal_numbers) {
+#ifdef __SSE__
+  const unsigned before = _mm_getcsr();
+  _mm_setcsr(before | _MM_FLUSH_ZERO_ON | 0x40);  // results and operands: as on XLA's threads
+#endif
+  int wrong = 0;
+  for (std::uint32_t bits = 0; bits < 0x10000; ++bits) {
+    const int exponent = bits >> 10 & 31, fraction = bits & 0x3ff;
+    const double magnitude =
+        exponent == 0 ? std::ldexp(fraction, -24) : std::ldexp(1024 + fraction, exponent - 25);
+    const float x = ptx::to_float(ptx::Float16{static_cast<std::uint16_t>(bits)});
+    const bool is_right =
+        exponent == 31 ? (fraction == 0 ? std::isinf(x) : std::isnan(x)) : std::abs(x) == magnitude;
+    wrong += !is_right || std::signbit(x) != (bits >> 15 != 0);
+    // And back.
+    wrong += !std::isnan(x) && half_of(ptx::pack<ptx::Float16>(x, 0), 0) != bits;
+  }
+#ifdef __SSE__
+  _mm_setcsr(before);
+#endif
+  CHECK(wrong == 0);
 }
 
 // "ldmatrix": threads 0-7 give the rows of the first matrix, 8-15 of the second, and so on; each
