@@ -8,6 +8,7 @@ import dataclasses
 
 # Of an SM, on both devices (CUDA C++ programming guide, "Compute Capabilities").
 SHARED_BYTES_PER_CLOCK = 128
+EXPS_PER_CLOCK = 16  # the guide's "Arithmetic Instructions": ex2 in float32
 SCHEDULERS = 4  # each issues one instruction per clock and feeds one tensor core
 REGISTERS = 65536
 MAX_THREADS = 2048

@@ -3,6 +3,7 @@
 import dataclasses
 
 from benchmarks.devices import (
+    EXPS_PER_CLOCK,
     MAX_CTAS,
     MAX_THREADS,
     REGISTERS,
@@ -22,6 +23,7 @@ class Prediction:
 
     Attributes:
       tensor: matrix products.
+      exp: exponentials.
       issue: instructions; `None` if their number is not known.
       shared: shared memory.
       l2: loads and stores.
@@ -31,6 +33,7 @@ class Prediction:
     """
 
     tensor: float
+    exp: float
     issue: float | None
     shared: float
     l2: float
@@ -46,7 +49,8 @@ class Prediction:
 
     @property
     def limits(self) -> dict[str, float]:
-        named = dict(tensor=self.tensor, issue=self.issue, shared=self.shared, memory=self.memory, longest=self.longest)
+        names = ("tensor", "exp", "issue", "shared", "memory", "longest")
+        named = {name: getattr(self, name) for name in names}
         return {name: seconds for name, seconds in named.items() if seconds is not None}
 
     @property
@@ -81,6 +85,7 @@ def predict(schedule: Schedule, lists: Lists, device: Device) -> Prediction | No
         issue /= device.sms * SCHEDULERS * device.clock
     return Prediction(
         tensor=counts.flops / device.flops[schedule.tensor] * computing,
+        exp=counts.exps / (device.sms * device.clock * EXPS_PER_CLOCK) * computing,
         issue=issue,
         shared=(counts.shared_loaded + counts.shared_stored) / (device.sms * device.clock * SHARED_BYTES_PER_CLOCK),
         l2=(counts.loaded + counts.stored) / device.l2_bytes,

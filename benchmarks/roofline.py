@@ -37,6 +37,7 @@ from benchmarks.roofline_tables import (
     entries_of,
     goal_sections,
     kernels_for,
+    selection_section,
     tile_section,
 )
 from benchmarks.tile_lists import lists_of_case, lists_of_density, sample_lists
@@ -107,6 +108,7 @@ def predict_all() -> tuple[list[Entry], str]:
         progress.step(name)
     progress.close()
     add(goal_sections(entries))
+    add(selection_section(entries))
     return entries, "\n\n".join(texts)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from benchmarks.roofline_tables import FORWARD_GOAL, GENERATORS, INFLLM_V2, KERNELS, TOKEN_CASES, Entry, best
 
 COLUMNS = ("forward", "forward lean", "forward SM90")
-COLORS = dict(tensor="C0", issue="C1", shared="C2", memory="C3")
+COLORS = dict(tensor="C0", exp="C4", issue="C1", shared="C2", memory="C3")
 
 
 def write_plot(path: str, entries: Sequence[Entry]) -> None:

@@ -8,13 +8,16 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from benchmarks import schedules
+from benchmarks import plan_model, schedules, selection_model
 from benchmarks.devices import A100, H100, Device
 from benchmarks.prediction import Prediction, delta_seconds, predict
 from benchmarks.report import format_table
 from benchmarks.schedules import Schedule
+from benchmarks.selection_model import Selection
 from benchmarks.tile_lists import Lists, sample_lists, tiles_of, visible_pairs
 from benchmarks.workloads import sized_case
+from sparse_attn_jax.scoring_problem import ScoringProblem
+from sparse_attn_jax.selectors import InfLLMV2
 from sparse_attn_jax.testing.cases import Case
 
 GENERATORS = ("random", "realistic")
@@ -22,6 +25,7 @@ TILE_TOKENS = (1, 2, 4, 8, 16)
 
 FORWARD_GOAL = 1.75  # times as fast as InfLLM-v2's forward
 TRAINING_GOAL = 1.6  # times as fast as its forward and backward together
+SELECTION_GOAL = 0.25  # of the forward's time
 BLOCK_GOAL = 400  # useful TFLOP/s of query-block selection on an H100
 DENSITY = 0.1  # of the blocks that query-block selection could list
 
@@ -212,6 +216,34 @@ def goal_sections(entries: Sequence[Entry]) -> str:
         f"Forward and backward on an H100; goal: {TRAINING_GOAL}x InfLLM-v2 ({marks}: forward, dQ, dK dV)",
     )
     return f"{section(titles[0], header + labels, forward)}\n\n{section(titles[1], header + labels, training)}"
+
+
+def selection_of(case: Case) -> Selection:
+    """By InfLLM-v2's selector, as many blocks as the case's lists have."""
+    selector, platform = InfLLMV2(top_k=case.num_slots), dict(platform="gpu", compute_capability=None)
+    options = {x.name: getattr(selector, x.name) for x in dataclasses.fields(ScoringProblem) if hasattr(selector, x.name)}
+    sizes = dict(num_q_heads=case.num_q_heads, num_kv_heads=case.num_kv_heads, head_dim=case.head_dim, kv_len=case.kv_len)
+    types = dict(dtype=case.dtype, unit_dtype=case.dtype)
+    options |= dict(scale=case.head_dim**-0.5, is_causal=case.is_causal)
+    return Selection(ScoringProblem(**sizes, **types, **platform, **options), case.batch, case.q_len)
+
+
+def selection_section(entries: Sequence[Entry]) -> str:
+    """What comes before attention: the lists, and the plan of the forward's best tiles with its inverse."""
+    header = ["device", "tokens x batch", *(f"predicted {name} ms" for name in ("tensor", "exp", "shared", "memory"))]
+    header += ["predicted selection ms, at least", "goal: a quarter of the predicted forward", "predicted plan ms"]
+    cells = []
+    for device, kernel in ((H100, "forward SM90"), (A100, "forward A100")):
+        for case in TOKEN_CASES.values():
+            limits = selection_model.limits_of(selection_of(case), device)
+            forward = best(entries, kernel, case, "realistic")
+            tokens, tiles = forward.schedule.tokens, case.q_len // forward.schedule.tokens
+            pairs = case.batch * case.num_kv_heads
+            plan = plan_model.Plan(case, tokens, round(forward.union * tiles), pairs)
+            figures = [f"{1e3 * seconds:.1f}" for seconds in (*limits.values(), max(limits.values()))]
+            figures += [f"{SELECTION_GOAL * forward.ms:.1f}", f"{1e3 * plan_model.seconds_of(plan, device):.2f}"]
+            cells.append([device.name, f"{case.q_len:,} x {case.batch}", *figures])
+    return section("Selection and plans, realistic lists", header, cells)
 
 
 def block_section(entries: Sequence[Entry]) -> str:

@@ -458,13 +458,17 @@ def row_pair_bytes(case: Case) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Bytes and operations of a launch. `loaded` is rows of the big arrays; the rest is in `benchmarks.metadata`."""
+    """Bytes and operations of a launch. `loaded` is rows of the big arrays; the rest is in `benchmarks.metadata`.
+
+    `exps` are exponentials, one for each pair of rows of a computed step.
+    """
 
     loaded: float
     stored: float
     shared_loaded: float
     shared_stored: float
     flops: float
+    exps: float
 
     @property
     def matrix_instructions(self) -> float:
@@ -490,6 +494,7 @@ def counts_of(schedule: Schedule, case: Case, work: Work) -> Counts:
         + has_table * TABLE_ROW_BYTES * schedule.rows * work.pieces
         + told_bytes,
         flops=work.steps * schedule.products * 2 * unit_rows * schedule.step * case.head_dim,
+        exps=work.steps * unit_rows * schedule.step,
     )
 
 

@@ -38,6 +38,38 @@ def cuda_on_cpu(request, monkeypatch) -> None:
     monkeypatch.setenv("SPARSE_ATTN_HOST_SIM", os.environ.get("SPARSE_ATTN_HOST_SIM", "1"))
 
 
+# The fields of `Counters` in csrc/host_sim/simulator.h, in their order.
+COUNTERS = (
+    "global_loaded",
+    "global_stored",
+    "shared_loaded",
+    "shared_stored",
+    "matrix_instructions",
+    "flops",
+    "copied",
+    "operands",
+)
+
+
+@pytest.fixture
+def counters_of(cuda_on_cpu, simulated_kernels):
+    """A function that calls another, and returns what the simulator counted in each launch meanwhile."""
+    take = simulated_kernels.host_sim_take_counters
+    take.restype = ctypes.c_bool
+    counters = (ctypes.c_uint64 * len(COUNTERS))()
+
+    def run(compute) -> list[dict[str, int]]:
+        while take(counters):
+            continue
+        compute()
+        found = []
+        while take(counters):
+            found.append(dict(zip(COUNTERS, counters)))
+        return found
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def simulated_kernels(cpp_compiler) -> ctypes.CDLL:
     """The library that the simulator runs: handlers for platform "cpu"."""

@@ -25,7 +25,6 @@ from sparse_attn_jax.testing.inputs import make_inputs
 
 DOCUMENT = (Path(__file__).absolute().parent.parent / "docs" / "performance.md").read_text()
 COUNTERS = ("global_loaded", "global_stored", "shared_loaded", "shared_stored", "matrix_instructions")
-MORE_COUNTERS = ("flops", "copied", "operands")
 
 # Cases that the kernels take, each with tokens per tile. A CTA has 64 rows.
 COUNTED = [
@@ -67,17 +66,11 @@ COUNTED_ON_SM90 = [
 
 
 @pytest.fixture
-def launched(cuda_on_cpu, simulated_kernels, monkeypatch):
+def launched(counters_of, monkeypatch):
     """A function that runs forward and backward on the simulator and returns the counters of each launch."""
-    take = simulated_kernels.host_sim_take_counters
-    take.restype = ctypes.c_bool
-    names = COUNTERS + MORE_COUNTERS
-    counters = (ctypes.c_uint64 * len(names))()
 
     def run(case: Case, tokens: int, arch: str) -> list[dict[str, int]]:
         monkeypatch.setenv(library.ARCH, arch)
-        while take(counters):
-            continue
         made = make_inputs(case)
 
         @jax.jit
@@ -86,11 +79,7 @@ def launched(cuda_on_cpu, simulated_kernels, monkeypatch):
             plan = plan_of(case, made.selection, tokens)
             return sa.block_sparse_attention(**operands, selection=plan, implementation="cuda", **made.options).sum()
 
-        jax.block_until_ready(differentiate(made.operands))
-        found = []
-        while take(counters):
-            found.append(dict(zip(names, counters)))
-        return found
+        return counters_of(lambda: jax.block_until_ready(differentiate(made.operands)))
 
     return run
 

@@ -74,8 +74,8 @@ struct Counters {
   std::uint64_t shared_bytes_stored = 0;
   std::uint64_t matrix_instructions = 0;  // by a warp or a warpgroup
   std::uint64_t matrix_flops = 0;
-  // Parts of what was loaded: from global memory by tensor copies, from shared memory by the
-  // products of a warpgroup.
+  // Parts of what was loaded: from global memory by tensor copies, from shared memory for products,
+  // by ldmatrix or by those of a warpgroup themselves.
   std::uint64_t copied_bytes_loaded = 0;
   std::uint64_t operand_bytes_loaded = 0;
 };

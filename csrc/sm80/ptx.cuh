@@ -81,6 +81,7 @@ void load_matrices(void* const* slots) {
                                                                                      << 16;
     }
   }
+  ::host_sim::counters().operand_bytes_loaded += 32 * 16;
 }
 
 template <bool kTransposed>
