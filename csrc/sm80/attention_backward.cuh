@@ -27,6 +27,10 @@ struct QueryGradientConfig {
   using Ring = KeyRing<kHeadDim, kKeys, kThreads>;
   static constexpr int kTileBytes = kRows * kRowBytes<kHeadDim>;
   static constexpr int kSharedBytes = 2 * kTileBytes + Ring::kBytes + NextSlice::kBytes;
+  // Of a multiprocessor; 0 leaves it to ptxas, which would spill a few registers for one
+  // more with these.
+  static constexpr int kFewestBlocks =
+      (kHeadDim == 64 && kKeys == 64) || (kHeadDim == 96 && kKeys == 16) ? 1 : 0;
   static_assert(kSharedBytes <= kMostSharedBytes);
 };
 
@@ -126,9 +130,8 @@ __device__ __forceinline__ void differentiate_slice(const AttentionBackwardParam
   }
 }
 
-// Without the 1, a register is spilled for one more CTA per multiprocessor.
 template <class Config>
-__global__ void __launch_bounds__(Config::kThreads, 1)
+__global__ void __launch_bounds__(Config::kThreads, Config::kFewestBlocks)
     query_gradient(const __grid_constant__ AttentionBackwardParams p) {
   const Slices slices(p.in, p.num_taken, Config::kRows);
   NextSlice next(ptx::shared_base() + 2 * Config::kTileBytes + Config::Ring::kBytes);
