@@ -73,8 +73,8 @@ def results_of(inputs: Inputs, plan: sa.TilePlan | None = None) -> compare.Resul
     return compare.results_of(attend_with(inputs, plan), inputs)
 
 
-def small_case(name: str) -> Inputs:
-    return make_inputs(as_kernels_take_it(case_named(name)))
+def small_case(name: str, **changes) -> Inputs:
+    return make_inputs(dataclasses.replace(as_kernels_take_it(case_named(name)), **changes))
 
 
 def assert_same(actual: compare.Results, expected: compare.Results) -> None:
@@ -136,10 +136,10 @@ def with_blocks_that_do_not_exist(plan: sa.TilePlan, bad_id: int) -> sa.TilePlan
 
 
 @each_arch
-@pytest.mark.parametrize("bad_id", [-(2**31), -5, 6, 2**28, 2**31 - 1])
-def test_plan_that_names_blocks_that_do_not_exist(bad_id):
-    """2**28 blocks of 16 keys are 2**32 keys, which is 0 in 32 bits."""
-    inputs = small_case("group2_bf16")
+@pytest.mark.parametrize("bad_id, batch", [(-(2**31), 1), (-5, 1), (-1, 2), (6, 1), (2**28, 1), (2**31 - 1, 1)])
+def test_plan_that_names_blocks_that_do_not_exist(bad_id, batch):
+    """2**28 blocks of 16 keys are 2**32 keys, which is 0 in 32 bits. Before a sequence's tiles lie those of another."""
+    inputs = small_case("group2_bf16", batch=batch)
     plan = make_plan(inputs)
     assert plan.kv_len == 6 * plan.kv_block_size
     assert_same(results_of(inputs, with_blocks_that_do_not_exist(plan, bad_id)), results_of(inputs, plan))
@@ -150,9 +150,19 @@ def with_hidden_keys(inputs: Inputs) -> Inputs:
     return dataclasses.replace(inputs, options=inputs.options | dict(q_offset=inputs.operands["key"].shape[1] - 60))
 
 
+def with_keys_hidden_by_bias(inputs: Inputs) -> Inputs:
+    """Besides: the bias of every third key is -inf."""
+    inputs = with_hidden_keys(inputs)
+    bias = inputs.operands["key_bias"]
+    bias = jnp.where(jnp.arange(bias.shape[-1]) % 3 == 0, -jnp.inf, bias)
+    return dataclasses.replace(inputs, operands=inputs.operands | dict(key_bias=bias))
+
+
 def with_bad_numbers(inputs: Inputs, operand: str, value: float) -> Inputs:
-    """`value` in each key (or value) that no query sees."""
+    """`value` in each key (or value) that no query sees. A bias of -inf hides a value, but no key: NaN - inf is NaN."""
     seen = compare.mask_of(inputs).any(axis=(1, 2))  # [batch, kv_len]
+    if operand == "value" and "key_bias" in inputs.operands:
+        seen &= np.isfinite(inputs.operands["key_bias"]).any(axis=1)
     assert not seen.all() and seen.any()
     changed = jnp.where(jnp.asarray(seen)[..., None, None], inputs.operands[operand], value)
     operands = inputs.operands | {operand: changed.astype(inputs.operands[operand].dtype)}
@@ -166,6 +176,14 @@ def test_bad_numbers_in_keys_that_no_query_sees(operand, value):
     """Keys in blocks that are not listed, and later keys of a listed block."""
     inputs = with_hidden_keys(small_case("odd_prefix"))
     assert_same(results_of(with_bad_numbers(inputs, operand, value)), results_of(inputs))
+
+
+@each_arch
+@pytest.mark.parametrize("operand", ["key", "value"])
+def test_bad_numbers_in_keys_that_a_bias_hides(operand):
+    """With the gradient of the bias, and a soft cap, whose slope is not a number there."""
+    inputs = with_keys_hidden_by_bias(small_case("odd_prefix", has_key_bias=True, logits_soft_cap=2.0))
+    assert_same(results_of(with_bad_numbers(inputs, operand, np.nan)), results_of(inputs))
 
 
 def test_handler_refuses_wrong_shapes(monkeypatch):

@@ -96,8 +96,8 @@ def order_check(name: str) -> Check:
     return same(*runs)
 
 
-def bad_plan_check(bad_id: int) -> Check:
-    inputs = inputs_of("group2_bf16")
+def bad_plan_check(bad_id: int, batch: int) -> Check:
+    inputs = inputs_of("group2_bf16", batch=batch)
     plan = attention.make_plan(inputs)
     return same(run_of(inputs, plan), run_of(inputs, attention.with_blocks_that_do_not_exist(plan, bad_id)))
 
@@ -105,6 +105,11 @@ def bad_plan_check(bad_id: int) -> Check:
 def bad_number_check(operand: str, value: float) -> Check:
     inputs = attention.with_hidden_keys(inputs_of("odd_prefix"))
     return same(run_of(inputs), run_of(attention.with_bad_numbers(inputs, operand, value)))
+
+
+def biased_check(operand: str) -> Check:
+    inputs = attention.with_keys_hidden_by_bias(inputs_of("odd_prefix", has_key_bias=True, logits_soft_cap=2.0))
+    return same(run_of(inputs), run_of(attention.with_bad_numbers(inputs, operand, np.nan)))
 
 
 def tile_check(tile_size: int) -> Check:
@@ -191,12 +196,14 @@ def all_checks() -> dict[str, Callable[[], Check]]:
         | {"beyond the window": make(skipped_check, attention.with_blocks_beyond_the_window, 64)}
         | {"parts": make(parts_check, "group2_bf16", 9)}
         | {f"parts, {name}": make(contradiction_check, name) for name in attention.CONTRADICTIONS}
-        | {f"bad plan, {bad_id}": make(bad_plan_check, bad_id) for bad_id in (-(2**31), -5, 6, 2**28, 2**31 - 1)}
+        | {f"bad plan, {bad_id}": make(bad_plan_check, bad_id, 1) for bad_id in (-(2**31), -5, 6, 2**28, 2**31 - 1)}
+        | {"bad plan of two sequences": make(bad_plan_check, -1, 2)}
         | {
             f"{value} in hidden {operand}": make(bad_number_check, operand, value)
             for operand in ("key", "value")
             for value in (np.nan, np.inf)
         }
+        | {f"nan in {operand} hidden by bias": make(biased_check, operand) for operand in ("key", "value")}
         | {f"tiles of {size}": make(tile_check, size) for size in (1, 7, 24, 60)}
         | {f"{heads} heads, {lists} lists": make(heads_check, heads, lists) for heads, lists in ((64, 64), (128, 128), (96, 1))}
         | {
