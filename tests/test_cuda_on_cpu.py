@@ -178,6 +178,17 @@ def test_bad_numbers_in_keys_that_no_query_sees(operand, value):
     assert_same(results_of(with_bad_numbers(inputs, operand, value)), results_of(inputs))
 
 
+# Tiles that are not full: the rows that they lack have no window, and must not count as seeing the keys before it.
+FEW_ROWS_WITH_WINDOW = dict(indices="all", q_len=5, is_causal=False, local_window_size=(4, 3), q_offset=40)
+
+
+@each_arch
+@pytest.mark.parametrize("operand", ["key", "value"])
+def test_bad_numbers_in_keys_before_the_window(operand):
+    inputs = small_case("odd_prefix", **FEW_ROWS_WITH_WINDOW)
+    assert_same(results_of(with_bad_numbers(inputs, operand, np.nan)), results_of(inputs))
+
+
 @each_arch
 @pytest.mark.parametrize("operand", ["key", "value"])
 def test_bad_numbers_in_keys_that_a_bias_hides(operand):

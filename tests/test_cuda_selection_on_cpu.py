@@ -129,6 +129,13 @@ def test_odd_lengths(q_len, group_size):
     assert_as_defined(make_call(q_len, group_size, 1, kv_len=1007))  # 1007 mod 16 = 15
 
 
+@pytest.mark.parametrize("q_offset", [-2, 100, 120, 155])
+def test_first_queries_that_see_a_coarse_unit(q_offset):
+    """A tile's earlier queries see many units and no coarse one, the later ones have both."""
+    options = dict(kernel_size=1, kernel_stride=1, coarse_kernel_size=128, coarse_kernel_stride=64)
+    assert_as_defined(make_call(33, 4, 2, use_coarse=True, q_offset=q_offset, **(SMALL | options)))
+
+
 @pytest.mark.parametrize("use_coarse", [False, True], ids=["exact", "coarse"])
 @pytest.mark.parametrize("q_offset", [0, 17, 250, 756, -5, 5000, (3, 133), (780, 0)], ids=str)
 def test_chunked_prefill(q_offset, use_coarse):

@@ -267,6 +267,10 @@ Counters launch(Dim3 shape, Dim3 block, const Settings& settings,
   if (num_threads == 0 || num_threads > kMaxThreads) {
     throw Error("a block has " + std::to_string(num_threads) + " threads; it must be 1 to 1024");
   }
+  if (settings.shared_bytes > std::size_t{kMostSharedBytes}) {
+    throw Error("a block has " + std::to_string(settings.shared_bytes) +
+                " bytes of shared memory; it may have " + std::to_string(kMostSharedBytes));
+  }
   Grid grid{.shape = shape,
             .block = block,
             .settings = settings,

@@ -29,6 +29,7 @@ constexpr int kWarpSize = 32;
 constexpr int kMaxThreads = 1024;
 constexpr int kMaxWarps = kMaxThreads / kWarpSize;
 constexpr int kNumBarriers = 16;
+constexpr int kMostSharedBytes = 227 * 1024;  // of a block, on compute capability 9.0
 // What memory holds before anything was written: NaN in every floating type, -1 in every integer.
 constexpr unsigned char kPoison = 0xff;
 

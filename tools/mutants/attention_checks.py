@@ -112,6 +112,11 @@ def biased_check(operand: str) -> Check:
     return same(run_of(inputs), run_of(attention.with_bad_numbers(inputs, operand, np.nan)))
 
 
+def window_check(operand: str) -> Check:
+    inputs = inputs_of("odd_prefix", **attention.FEW_ROWS_WITH_WINDOW)
+    return same(run_of(inputs), run_of(attention.with_bad_numbers(inputs, operand, np.nan)))
+
+
 def tile_check(tile_size: int) -> Check:
     inputs = inputs_of("group8_bf16_d64")
     return check_of(run_of(inputs, attention.make_plan(inputs, tile_size)), inputs)
@@ -204,6 +209,7 @@ def all_checks() -> dict[str, Callable[[], Check]]:
             for value in (np.nan, np.inf)
         }
         | {f"nan in {operand} hidden by bias": make(biased_check, operand) for operand in ("key", "value")}
+        | {f"nan in {operand} before the window": make(window_check, operand) for operand in ("key", "value")}
         | {f"tiles of {size}": make(tile_check, size) for size in (1, 7, 24, 60)}
         | {f"{heads} heads, {lists} lists": make(heads_check, heads, lists) for heads, lists in ((64, 64), (128, 128), (96, 1))}
         | {

@@ -143,13 +143,17 @@ def all_checks() -> dict[str, Callable[[], Check]]:
     ):
         options = dict(pooling=pooling, group_reduction=reduction)
         calls[f"group {group_size}, {reduction} {pooling}"] = make(defined_of, 30, 2 * group_size, 2, **SMALL, **options)
-    for group_size, reduction in ((5, "sum"), (17, "max"), (33, "sum"), (64, "max")):
+    for group_size, reduction in ((5, "sum"), (17, "max"), (64, "sum"), (64, "max")):
         options = dict(group_reduction=reduction, use_coarse=True)
         calls[f"group {group_size}, {reduction}"] = make(defined_of, 7, group_size, 1, **SMALL, **options)
     for q_len, group_size in ((1, 1), (63, 8), (65, 8), (65, 1)):
         calls[f"{q_len} queries, group {group_size}"] = make(defined_of, q_len, group_size, 1, kv_len=1007)
     for offset in (0, 250, -5, 5000, (3, 133), (780, 0)):
         calls[f"offset {offset}"] = make(defined_of, 43, 8, 2, batch=2, use_coarse=True, q_offset=offset, **SMALL)
+    options = SMALL | dict(kernel_size=1, kernel_stride=1, coarse_kernel_size=128, coarse_kernel_stride=64)
+    calls["first coarse unit"] = make(defined_of, 33, 4, 2, use_coarse=True, q_offset=100, **options)
+    options = dict(kv_len=8 * 16384, block_size=8, kernel_size=8, kernel_stride=8, top_k=8)
+    calls["many blocks"] = make(defined_of, 2, 1, 1, **options)
     calls["positions of any order"] = any_order_check
     for options in (dict(top_k=60), dict(top_k=50), dict(top_k=3), dict(top_k=200, is_causal=False)):
         calls[f"{options}"] = make(defined_of, 70, 4, 2, **(SMALL | options))

@@ -72,6 +72,11 @@ TEST(block_without_threads_or_with_too_many) {
   check_error("1 to 1024", [] { run(1025, 0, [] {}); });
 }
 
+TEST(block_with_more_shared_memory_than_there_is) {
+  run(1, 227 * 1024, [] {});
+  check_error("it may have 232448", [] { run(1, 227 * 1024 + 1, [] {}); });
+}
+
 // ---- Global memory.
 
 TEST(global_access_outside) {
