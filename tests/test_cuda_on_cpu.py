@@ -178,14 +178,17 @@ def test_bad_numbers_in_keys_that_no_query_sees(operand, value):
     assert_same(results_of(with_bad_numbers(inputs, operand, value)), results_of(inputs))
 
 
+# Keys that rows see which did not choose their block; those that chose it come before them.
+FEW_BLOCKS = dict(indices="random", q_len=30, num_slots=2, has_key_bias=True)
 # Tiles that are not full: the rows that they lack have no window, and must not count as seeing the keys before it.
 FEW_ROWS_WITH_WINDOW = dict(indices="all", q_len=5, is_causal=False, local_window_size=(4, 3), q_offset=40)
 
 
 @each_arch
 @pytest.mark.parametrize("operand", ["key", "value"])
-def test_bad_numbers_in_keys_before_the_window(operand):
-    inputs = small_case("odd_prefix", **FEW_ROWS_WITH_WINDOW)
+@pytest.mark.parametrize("options", [FEW_BLOCKS, FEW_ROWS_WITH_WINDOW], ids=["few blocks", "before the window"])
+def test_bad_numbers_in_keys_that_other_rows_would_see(operand, options):
+    inputs = small_case("odd_prefix", **options)
     assert_same(results_of(with_bad_numbers(inputs, operand, np.nan)), results_of(inputs))
 
 

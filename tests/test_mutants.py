@@ -118,7 +118,7 @@ def test_ids_differ_and_stay_when_lines_move():
 
 
 RUNS = """
-    int limit(int x, int n) { return x < n ? x : n; }
+    int limit(int x, int n) { return x % 3 == 0 ? x + 1 : x < n ? x : n; }
     int run(int a, int b) {
       int sum = 0;
       const int factor = a % 5 % 3 + 2, last = a > b && b > 0 || a == 7 ? a : b;

@@ -181,6 +181,10 @@ CASES = (
     # Scores.
     Case(name="key_bias_bf16", special="a bias per key", batch=2, has_key_bias=True, dtype="bfloat16"),
     Case(name="soft_cap_bf16", special="soft cap", logits_soft_cap=1.5, dtype="bfloat16"),
+    Case(
+        name="soft_cap_full_bf16", special="soft cap where nothing is masked", logits_soft_cap=1.5, dtype="bfloat16",
+        is_causal=False, indices="all", q_len=70, kv_len=128,
+    ),
     Case(name="scale_zero", special="scale 0.0 is not None", scale=0.0),
     Case(name="scale_large_fp16", special="sharp rows", scale=1.0, dtype="float16"),
     Case(name="lse_gradient_bf16", special="a gradient through lse", has_lse_gradient=True, dtype="bfloat16"),

@@ -112,8 +112,8 @@ def biased_check(operand: str) -> Check:
     return same(run_of(inputs), run_of(attention.with_bad_numbers(inputs, operand, np.nan)))
 
 
-def window_check(operand: str) -> Check:
-    inputs = inputs_of("odd_prefix", **attention.FEW_ROWS_WITH_WINDOW)
+def unseen_check(operand: str, options: dict) -> Check:
+    inputs = inputs_of("odd_prefix", **options)
     return same(run_of(inputs), run_of(attention.with_bad_numbers(inputs, operand, np.nan)))
 
 
@@ -209,7 +209,11 @@ def all_checks() -> dict[str, Callable[[], Check]]:
             for value in (np.nan, np.inf)
         }
         | {f"nan in {operand} hidden by bias": make(biased_check, operand) for operand in ("key", "value")}
-        | {f"nan in {operand} before the window": make(window_check, operand) for operand in ("key", "value")}
+        | {
+            f"nan in {operand} with {len(options)} options": make(unseen_check, operand, options)
+            for operand in ("key", "value")
+            for options in (attention.FEW_BLOCKS, attention.FEW_ROWS_WITH_WINDOW)
+        }
         | {f"tiles of {size}": make(tile_check, size) for size in (1, 7, 24, 60)}
         | {f"{heads} heads, {lists} lists": make(heads_check, heads, lists) for heads, lists in ((64, 64), (128, 128), (96, 1))}
         | {

@@ -475,17 +475,22 @@ class Function:
         """One side of c ? x : y."""
         for i in self.where("?"):
             start = self.left(i, ENDS)
-            colon = i
-            depth = 1
-            while depth:
-                colon += 1
-                text = self.text(colon)
-                depth += (text == "?") - (text == ":")
-                if text in OPENING:
-                    colon = self.partner[colon]
-            end = self.right(colon, {",", ";", ":", ")", "]", "}"})
+            colon = self.end_of_side(i)
+            end = self.end_of_side(colon)
             for first, last in ((i + 1, colon), (colon + 1, end)):
                 yield self.whole(start, end, f"({self.source(first, last)})")
+
+    def end_of_side(self, i: int) -> int:
+        """Where what follows the "?" or ":" of a choice ends; other choices may stand in it."""
+        depth = 0
+        while True:
+            i += 1
+            text = self.text(i)
+            if text in {",", ";", ")", "]", "}"} or (text == ":" and depth == 0):
+                return i
+            depth += (text == "?") - (text == ":")
+            if text in OPENING:
+                i = self.partner[i]
 
     def source(self, start: int, end: int) -> str:
         return join(self.tokens[start:end])
