@@ -117,6 +117,11 @@ def unseen_check(operand: str, options: dict) -> Check:
     return same(run_of(inputs), run_of(attention.with_bad_numbers(inputs, operand, np.nan)))
 
 
+def halves_check(operand: str) -> Check:
+    inputs = attention.with_hidden_keys_in_lists_of_halves()
+    return same(run_of(inputs), run_of(attention.with_bad_numbers(inputs, operand, np.nan)))
+
+
 def tile_check(tile_size: int) -> Check:
     inputs = inputs_of("group8_bf16_d64")
     return check_of(run_of(inputs, attention.make_plan(inputs, tile_size)), inputs)
@@ -209,6 +214,7 @@ def all_checks() -> dict[str, Callable[[], Check]]:
             for value in (np.nan, np.inf)
         }
         | {f"nan in {operand} hidden by bias": make(biased_check, operand) for operand in ("key", "value")}
+        | {f"nan in {operand} of halves": make(halves_check, operand) for operand in ("key", "value")}
         | {
             f"nan in {operand} with {len(options)} options": make(unseen_check, operand, options)
             for operand in ("key", "value")
