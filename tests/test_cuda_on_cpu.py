@@ -325,9 +325,9 @@ def test_halves_of_a_tile_with_lists_of_their_own(head_dim, kv_block_size):
     compare.assert_results_match(results_of(inputs), inputs)
 
 
-def with_hidden_keys_in_lists_of_halves() -> Inputs:
+def with_hidden_keys_in_lists_of_halves(kv_block_size: int) -> Inputs:
     """Every seventh key is of another segment. So each half of a tile, for itself, has keys that none of its rows sees."""
-    inputs = with_lists_of_halves(64, 64)
+    inputs = with_lists_of_halves(64, kv_block_size)
     batch, q_len, kv_len = (*inputs.operands["query"].shape[:2], inputs.operands["key"].shape[1])
     segments = jnp.asarray(np.broadcast_to(np.arange(kv_len) % 7 == 3, (batch, kv_len)), jnp.int32)
     segments = dict(query_segment_ids=jnp.zeros((batch, q_len), jnp.int32), key_value_segment_ids=segments)
@@ -336,8 +336,9 @@ def with_hidden_keys_in_lists_of_halves() -> Inputs:
 
 @each_arch
 @pytest.mark.parametrize("operand", ["key", "value"])
-def test_bad_numbers_in_lists_of_halves(operand):
-    inputs = with_hidden_keys_in_lists_of_halves()
+@pytest.mark.parametrize("kv_block_size", [16, 64])
+def test_bad_numbers_in_lists_of_halves(kv_block_size, operand):
+    inputs = with_hidden_keys_in_lists_of_halves(kv_block_size)
     assert_same(results_of(with_bad_numbers(inputs, operand, np.nan)), results_of(inputs))
 
 

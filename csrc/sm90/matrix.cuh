@@ -148,20 +148,6 @@ __device__ __forceinline__ void multiply_factors(Sums<B::kWidth>& sums,
   }
 }
 
-// sums[64, B::kWidth] (+)= (64 columns of a, from `column` on)^T b, where a and b have as many
-// rows.
-template <class T, class A, class B>
-__device__ __forceinline__ void multiply_columns(Sums<B::kWidth>& sums, std::uint32_t a, int column,
-                                                 std::uint32_t b, bool accumulates) {
-  static_assert(A::kRows == B::kRows);
-  SPARSE_ATTN_UNROLL
-  for (int row = 0; row < A::kRows; row += 16) {
-    ptx::warpgroup_multiply<T, ptx::Major::kMN, ptx::Major::kMN>(
-        sums, A::along_columns(a, row, column), B::along_columns(b, row, 0),
-        accumulates || row != 0);
-  }
-}
-
 // ---- Stages that a producer fills by copies while consumers read others.
 //
 // Steps count from 0 and never start again; step i is in stage i % kStages. The producer waits

@@ -117,8 +117,8 @@ def unseen_check(operand: str, options: dict) -> Check:
     return same(run_of(inputs), run_of(attention.with_bad_numbers(inputs, operand, np.nan)))
 
 
-def halves_check(operand: str) -> Check:
-    inputs = attention.with_hidden_keys_in_lists_of_halves()
+def halves_check(operand: str, kv_block_size: int) -> Check:
+    inputs = attention.with_hidden_keys_in_lists_of_halves(kv_block_size)
     return same(run_of(inputs), run_of(attention.with_bad_numbers(inputs, operand, np.nan)))
 
 
@@ -214,7 +214,7 @@ def all_checks() -> dict[str, Callable[[], Check]]:
             for value in (np.nan, np.inf)
         }
         | {f"nan in {operand} hidden by bias": make(biased_check, operand) for operand in ("key", "value")}
-        | {f"nan in {operand} of halves": make(halves_check, operand) for operand in ("key", "value")}
+        | {f"nan in {operand} of halves, {n}": make(halves_check, operand, n) for operand in ("key", "value") for n in (16, 64)}
         | {
             f"nan in {operand} with {len(options)} options": make(unseen_check, operand, options)
             for operand in ("key", "value")
