@@ -181,7 +181,7 @@ def test_bad_numbers_in_keys_that_no_query_sees(operand, value):
 # Keys that rows see which did not choose their block; those that chose it come before them.
 FEW_BLOCKS = dict(indices="random", q_len=30, num_slots=2, has_key_bias=True)
 # Tiles that are not full: the rows that they lack have no window, and must not count as seeing the keys before it.
-FEW_ROWS_WITH_WINDOW = dict(indices="all", q_len=5, is_causal=False, local_window_size=(4, 3), q_offset=40)
+FEW_ROWS_WITH_WINDOW = dict(indices="all", q_len=5, q_block_size=16, is_causal=False, local_window_size=(4, 3), q_offset=40)
 
 
 @each_arch
