@@ -3,7 +3,7 @@
 import dataclasses
 
 from benchmarks.devices import Device
-from benchmarks.schedules import lists_per_tile
+from benchmarks.schedules import lists_per_tile, tile_capacity
 from sparse_attn_jax.implementations.cuda.planning import MIN_TILES_PER_PART
 from sparse_attn_jax.selection import num_blocks
 from sparse_attn_jax.testing.cases import Case
@@ -40,7 +40,7 @@ class Plan:
     @property
     def capacity(self) -> int:
         """Slots of a tile."""
-        return min(lists_per_tile(self.case, self.tokens) * self.case.num_slots, self.num_kv_blocks)
+        return tile_capacity(self.case, self.tokens, self.case.num_slots)
 
     @property
     def num_words(self) -> int:

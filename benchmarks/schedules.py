@@ -438,8 +438,12 @@ def entries_per_part(lists: Lists, tokens: int) -> int:
 
 def num_entries(lists: Lists, tokens: int) -> int:
     """Slots of all lists of a plan."""
-    capacity = min(lists_per_tile(lists.case, tokens) * lists.ids.shape[-1], lists.num_kv_blocks)
-    return -(-lists.case.q_len // tokens) * capacity
+    return -(-lists.case.q_len // tokens) * tile_capacity(lists.case, tokens, lists.ids.shape[-1])
+
+
+def tile_capacity(case: Case, tokens: int, num_slots: int) -> int:
+    """Slots of the list of a tile whose query blocks have `num_slots` each."""
+    return min(lists_per_tile(case, tokens) * num_slots, -(-case.kv_len // case.kv_block_size))
 
 
 def lists_per_tile(case: Case, tokens: int) -> int:

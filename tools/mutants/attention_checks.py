@@ -102,24 +102,20 @@ def bad_plan_check(bad_id: int, batch: int) -> Check:
     return same(run_of(inputs, plan), run_of(inputs, attention.with_blocks_that_do_not_exist(plan, bad_id)))
 
 
-def bad_number_check(operand: str, value: float) -> Check:
-    inputs = attention.with_hidden_keys(inputs_of("odd_prefix"))
+def bad_number_check(hides: str, operand: str, value: float) -> Check:
+    inputs = HIDING[hides]()
     return same(run_of(inputs), run_of(attention.with_bad_numbers(inputs, operand, value)))
 
 
-def biased_check(operand: str) -> Check:
-    inputs = attention.with_keys_hidden_by_bias(inputs_of("odd_prefix", has_key_bias=True, logits_soft_cap=2.0))
-    return same(run_of(inputs), run_of(attention.with_bad_numbers(inputs, operand, np.nan)))
-
-
-def unseen_check(operand: str, options: dict) -> Check:
-    inputs = inputs_of("odd_prefix", **options)
-    return same(run_of(inputs), run_of(attention.with_bad_numbers(inputs, operand, np.nan)))
-
-
-def halves_check(operand: str, kv_block_size: int) -> Check:
-    inputs = attention.with_hidden_keys_in_lists_of_halves(kv_block_size)
-    return same(run_of(inputs), run_of(attention.with_bad_numbers(inputs, operand, np.nan)))
+# What hides the keys that may hold bad numbers.
+HIDING = {
+    "later queries": lambda: attention.with_hidden_keys(inputs_of("odd_prefix")),
+    "a bias": lambda: attention.with_keys_hidden_by_bias(inputs_of("odd_prefix", has_key_bias=True, logits_soft_cap=2.0)),
+    "few blocks": lambda: inputs_of("odd_prefix", **attention.FEW_BLOCKS),
+    "a window": lambda: inputs_of("odd_prefix", **attention.FEW_ROWS_WITH_WINDOW),
+    "segments, blocks of 16": lambda: attention.with_hidden_keys_in_lists_of_halves(16),
+    "segments, blocks of 64": lambda: attention.with_hidden_keys_in_lists_of_halves(64),
+}
 
 
 def tile_check(tile_size: int) -> Check:
@@ -209,16 +205,10 @@ def all_checks() -> dict[str, Callable[[], Check]]:
         | {f"bad plan, {bad_id}": make(bad_plan_check, bad_id, 1) for bad_id in (-(2**31), -5, 6, 2**28, 2**31 - 1)}
         | {"bad plan of two sequences": make(bad_plan_check, -1, 2)}
         | {
-            f"{value} in hidden {operand}": make(bad_number_check, operand, value)
+            f"{value} in {operand}, {hides}": make(bad_number_check, hides, operand, value)
+            for hides in HIDING
             for operand in ("key", "value")
-            for value in (np.nan, np.inf)
-        }
-        | {f"nan in {operand} hidden by bias": make(biased_check, operand) for operand in ("key", "value")}
-        | {f"nan in {operand} of halves, {n}": make(halves_check, operand, n) for operand in ("key", "value") for n in (16, 64)}
-        | {
-            f"nan in {operand} with {len(options)} options": make(unseen_check, operand, options)
-            for operand in ("key", "value")
-            for options in (attention.FEW_BLOCKS, attention.FEW_ROWS_WITH_WINDOW)
+            for value in ((np.nan, np.inf) if hides == "later queries" else (np.nan,))
         }
         | {f"tiles of {size}": make(tile_check, size) for size in (1, 7, 24, 60)}
         | {f"{heads} heads, {lists} lists": make(heads_check, heads, lists) for heads, lists in ((64, 64), (128, 128), (96, 1))}
