@@ -180,13 +180,13 @@ def test_bad_numbers_in_keys_that_no_query_sees(operand, value):
 
 # Keys that rows see which did not choose their block; those that chose it come before them.
 FEW_BLOCKS = dict(indices="random", q_len=30, num_slots=2, has_key_bias=True)
-# Tiles that are not full: the rows that they lack have no window, and must not count as seeing the keys before it.
-FEW_ROWS_WITH_WINDOW = dict(indices="all", q_len=5, q_block_size=16, is_causal=False, local_window_size=(4, 3), q_offset=40)
+# The last tile is not full: the rows that it lacks have no window, and must not count as seeing the keys beside it.
+FEW_ROWS_WITH_WINDOW = dict(indices="all", q_len=21, q_block_size=16, is_causal=False, local_window_size=(4, 5), q_offset=24)
 
 
 @each_arch
 @pytest.mark.parametrize("operand", ["key", "value"])
-@pytest.mark.parametrize("options", [FEW_BLOCKS, FEW_ROWS_WITH_WINDOW], ids=["few blocks", "before the window"])
+@pytest.mark.parametrize("options", [FEW_BLOCKS, FEW_ROWS_WITH_WINDOW], ids=["few blocks", "beside the window"])
 def test_bad_numbers_in_keys_that_other_rows_would_see(operand, options):
     inputs = small_case("odd_prefix", **options)
     assert_same(results_of(with_bad_numbers(inputs, operand, np.nan)), results_of(inputs))
