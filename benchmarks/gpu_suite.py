@@ -21,7 +21,6 @@ is 1 if one of them failed now.
 import functools
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -52,8 +51,13 @@ def build_commands(out: Path) -> list[Command]:
 
 
 def compute_capability() -> str:
-    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    return query_gpu("compute_cap")
+
+
+def query_gpu(field: str) -> str:
+    """What the driver says of the first GPU."""
+    query = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
 
 
 # Without a GPU, JAX goes on with a CPU.
@@ -168,14 +172,15 @@ def run_one(stage: str, out: Path) -> dict:
         found = run_stage(STAGES[stage](out), environment, out / f"{stage}.log", FLAGS.time_limit)
     except (OSError, subprocess.CalledProcessError) as error:  # a program that is not there, or says no
         found = str(error)
-    return dict(result=found, seconds=round(time.monotonic() - start, 1), device=device_name())
+    return dict(result=found, seconds=round(time.monotonic() - start, 1), **device())
 
 
-def device_name() -> str | None:
-    if shutil.which("nvidia-smi") is None:
-        return None
-    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    return subprocess.run(query, capture_output=True, text=True).stdout.strip() or None
+def device() -> dict[str, str]:
+    """The name and the compute capability of the GPU, if there is one."""
+    try:
+        return dict(device=query_gpu("name"), compute_capability=compute_capability())
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return {}
 
 
 def main(argv: list[str]) -> int:

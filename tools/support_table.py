@@ -1,0 +1,99 @@
+"""Which variants each implementation takes, as its own `supports` says, and on which GPUs they have passed their tests.
+
+`python -m tools.support_table` writes the table of the README; tests/test_readme.py compares it.
+"""
+
+import itertools
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from sparse_attn_jax import dispatch
+from sparse_attn_jax.implementations.cuda import library
+from sparse_attn_jax.problem import SUPPORTED_DTYPES, Problem
+from sparse_attn_jax.scoring_problem import ScoringProblem
+
+ROOT = Path(__file__).absolute().parent.parent
+README = ROOT / "README.md"
+# What `benchmarks.gpu_suite` wrote of a GPU is committed in a folder of its own.
+RESULTS = ROOT / "benchmarks" / "results"
+START, END = "<!-- support: python -m tools.support_table -->\n", "<!-- end of support -->\n"
+
+HEAD = ("implementation", "what", "platform", "dtypes", "head_dim", "kv_block_size", "passed its tests on")
+HEAD_DIMS = (16, 32, 48, 64, 80, 96, 112, 128, 192, 256, 512)
+KV_BLOCK_SIZES = (8, 16, 32, 48, 64, 96, 128, 256)
+VARIANTS = tuple(itertools.product(SUPPORTED_DTYPES, HEAD_DIMS, KV_BLOCK_SIZES))
+SIZES = dict(num_q_heads=16, num_kv_heads=2, kv_len=4096, scale=1.0)
+
+
+def attention(dtype: str, head_dim: int, block: int, **device: str) -> Problem:
+    lists = dict(q_block_size=1, kv_block_size=block, num_slots=16, selection_heads=2)
+    return Problem(batch=1, q_len=4096, head_dim=head_dim, value_head_dim=head_dim, dtype=dtype, **lists, **SIZES, **device)
+
+
+def selection(dtype: str, head_dim: int, block: int, *, platform: str, compute_capability: str | None = None) -> ScoringProblem:
+    blocks = dict(block_size=block, top_k=16, num_sink_blocks=1, num_local_blocks=2)
+    device = dict(platform=platform, compute_capability=compute_capability)
+    return ScoringProblem(head_dim=head_dim, dtype=dtype, unit_dtype=dtype, **blocks, **SIZES, **device)
+
+
+def rows() -> list[tuple[str, ...]]:
+    """The table. The CUDA kernels of the simulator are all that there are."""
+    found = []
+    for what in (attention, selection):
+        name = f"{what.__name__}, forward and backward" if what is attention else what.__name__
+        found += [("`xla`", name, "any", *sizes, "CPU") for sizes in supported("xla", what, platform="cpu")]
+        mosaic = supported("mosaic", what, platform="gpu", compute_capability="9.0")
+        found += [("`mosaic`", name, "GPU of 9.0", *sizes, "CPU, interpreted") for sizes in mosaic]
+        for arch in library.ARCHITECTURES["9.0"]:
+            capabilities = [able for able, folders in library.ARCHITECTURES.items() if arch in folders]
+            with mock.patch.dict(os.environ, {library.HOST_SIM: "1", library.ARCH: f"sm{arch}"}):
+                kernels = supported("cuda", what, platform="cpu")
+            run = ", ".join(["CPU, simulated", *(devices_of(capabilities) or ["**no GPU yet**"])])
+            place = f"GPU of {', '.join(capabilities)}"
+            found += [(f"`cuda` (`csrc/sm{arch}`)", name, place, *sizes, run) for sizes in kernels]
+    return found
+
+
+def supported(name: str, what: Callable, **device: str) -> list[tuple[str, str, str]]:
+    """dtypes, head_dim and kv_block_size of what an implementation takes: a few products that hold each variant once."""
+    able = [variant for variant in VARIANTS if not dispatch.reasons_against(name, what(*variant, **device))]
+    blocks = gathered([((dtype, dim), block) for dtype, dim, block in able])
+    dims = gathered([((dtype, blocks[dtype, dim]), dim) for dtype, dim in blocks])
+    dtypes = gathered([((dims[dtype, of], of), dtype) for dtype, of in dims])
+    text = lambda values, every: "any" if values == every else ", ".join(map(str, values))
+    return [(text(dtypes[dims, blocks], ()), text(dims, HEAD_DIMS), text(blocks, KV_BLOCK_SIZES)) for dims, blocks in dtypes]
+
+
+def gathered(pairs: list[tuple]) -> dict[Any, tuple]:
+    """The second members by the first."""
+    first = dict.fromkeys(key for key, _ in pairs)
+    return {key: tuple(value for of, value in pairs if of == key) for key in first}
+
+
+def devices_of(capabilities: list[str]) -> list[str]:
+    """The GPUs on which all tests of the kernels passed."""
+    stages = [json.loads(path.read_text()).get("conformance") for path in sorted(RESULTS.glob("*/summary.json"))]
+    return [
+        stage["device"]
+        for stage in stages
+        if stage and stage["result"] == "passed" and stage["compute_capability"] in capabilities
+    ]
+
+
+def table() -> str:
+    lines = [HEAD, ("---",) * len(HEAD), *rows()]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def with_table(text: str) -> str:
+    """A README with the table of now."""
+    before, rest = text.split(START)
+    return before + START + table() + END + rest.split(END)[1]
+
+
+if __name__ == "__main__":
+    README.write_text(with_table(README.read_text()))
