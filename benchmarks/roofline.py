@@ -36,7 +36,6 @@ from benchmarks.roofline_tables import (
     check_section,
     entries_of,
     goal_sections,
-    kernels_for,
     selection_section,
     tile_section,
 )
@@ -127,10 +126,9 @@ def predict_case(name: str) -> tuple[list[Entry], str]:
         case = case_named(name)
         tile_tokens = tuple(tokens for tokens in TILE_TOKENS if tokens <= case.q_len)
         lists = {case.indices: lists_of_case(case)}
-    entries = [x for kind in lists for x in entries_of(case, kind, lists[kind], kernels_for(case, KERNELS), tile_tokens)]
+    entries = [x for kind in lists for x in entries_of(case, kind, lists[kind], KERNELS, tile_tokens)]
     title = f"{case.q_len:,} tokens x {case.batch}: {{}}, predicted milliseconds and limit by tokens per tile"
-    kernels = {what: kernels_for(case, names) for what, names in PASSES.items()}
-    tables = [tile_section(title.format(what), entries, names) for what, names in kernels.items()]
+    tables = [tile_section(title.format(what), entries, tuple(names)) for what, names in PASSES.items()]
     return entries, "\n\n".join(tables)
 
 

@@ -6,7 +6,7 @@ Every predicted figure stands in a column that says so, and no measured one does
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from benchmarks import plan_model, schedules, selection_model
 from benchmarks.devices import A100, H100, Device
@@ -97,11 +97,6 @@ BACKWARD = {
     "dK dV A100": Kernel("A100, dK dV", schedules.sm80_key_gradient, A100),
 }
 KERNELS = FORWARD | BACKWARD
-
-
-def kernels_for(case: Case, names: Iterable[str]) -> tuple[str, ...]:
-    """Those whose schedules the model knows for such a case."""
-    return tuple(name for name in names if schedules.knows_sm90(case) or not name.endswith("SM90"))
 
 
 @dataclasses.dataclass(frozen=True)

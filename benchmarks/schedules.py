@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from benchmarks.tile_lists import Lists, Tiles, edges_of_groups, seen_by_groups, tiles_of
+from benchmarks.tile_lists import Lists, Tiles, chunks_of_blocks, edges_of_groups, seen_by_groups, tiles_of
 from sparse_attn_jax.implementations.cuda.attention_backward import LONG_LIST, MIN_ENTRIES_PER_PART
 from sparse_attn_jax.testing.cases import Case
 
@@ -48,6 +48,7 @@ class Schedule:
       registers: of a thread.
       instructions: `None`: not known, and then no limit.
       tensor: which instruction multiplies, "mma" or "wgmma".
+      chunk_blocks: blocks of a chunk. Several are walked without those that no row sees.
       strip_tokens: `None`: whole tiles are walked. Else strips of so many tokens, those of which one chose the block, as many
         in a piece as fit into `rows`.
       tells_threads: a CTA computes several slices, and each of its threads reads in shared memory which comes next.
@@ -71,6 +72,7 @@ class Schedule:
     registers: int
     instructions: "Instructions | None" = None
     tensor: str = "mma"
+    chunk_blocks: int = 1
     strip_tokens: int | None = None
     tells_threads: bool = False
 
@@ -205,13 +207,8 @@ def infllm_v2_forward(case: Case) -> Schedule:
     )
 
 
-def knows_sm90(case: Case) -> bool:
-    """Whether the schedules of csrc/sm90 below are those of such a case."""
-    return case.kv_block_size >= 64 and case.head_dim <= 128
-
-
 def sm90_forward(case: Case, tokens: int) -> Schedule:
-    """csrc/sm90/attention_forward.cuh: a warpgroup for each 64 rows, which all share the copies of keys; head_dim up to 128."""
+    """csrc/sm90/attention_forward.cuh: a warpgroup for each 64 rows. Two of them share the copies of keys."""
     return sm90_query_major("forward", case, tokens)
 
 
@@ -221,25 +218,26 @@ def sm90_query_gradient(case: Case, tokens: int) -> Schedule:
 
 
 def sm90_query_major(kernel: str, case: Case, tokens: int) -> Schedule:
-    if not knows_sm90(case):
-        raise ValueError("the model knows the SM90 kernels for blocks of 64 keys and more, and head_dim up to 128.")
     gradients = 1 if kernel == "query_gradient" else 0
-    units = -(-tokens * group_size(case) // 64)
+    units = min(-(-tokens * group_size(case) // 64), 2 if case.head_dim <= 128 else 1)
+    keys = 32 if gradients and (case.head_dim, case.kv_block_size) == (256, 32) else 64
+    chunk_blocks = max(1, keys // case.kv_block_size)
     if units > 1:
         stages = 4 if gradients else 5
     elif gradients:
-        stages = 2 if case.head_dim == 128 else 3 if case.head_dim > 64 else 4
+        stages = 2 if case.head_dim >= 128 else 3 if case.head_dim > 64 else 4
     else:
-        stages = 3 if case.head_dim == 128 else 4
-    # Per stage a header for each unit, and four barriers; which keys are seen; the barriers of the rows; which slices come.
-    small_bytes = stages * (16 * units + 16 + 32) + 64 * units + 16 + 48
+        stages = 3 if case.head_dim >= 128 else 4
+    # Per stage a header for each unit and block, and four barriers; which keys are seen; the barriers of the rows; which slices
+    # come.
+    small_bytes = stages * (16 * units * chunk_blocks + 16 + 32) + 64 * units + 16 + 48
     return Schedule(
         name=f"SM90 {kernel}",
         owns="queries",
         tokens=tokens,
         rows=64 * units,
-        keys=64,
-        step=64,
+        keys=keys,
+        step=keys,
         warps=4 * units,
         producer_warps=4,
         unit_warps=4,
@@ -248,17 +246,20 @@ def sm90_query_major(kernel: str, case: Case, tokens: int) -> Schedule:
         writes_lse=gradients == 0,
         shared_products=1 + gradients,
         register_products=1,
-        shared_bytes=((1 + gradients) * 64 * units + stages * 2 * 64) * case.head_dim * ELEMENT_BYTES + small_bytes,
-        registers=128 if units == 1 else 168,
+        shared_bytes=((1 + gradients) * 64 * units + stages * 2 * keys) * case.head_dim * ELEMENT_BYTES + small_bytes,
+        registers=255 if case.head_dim > 128 else 128 if units == 1 else 168,
         tensor="wgmma",
+        chunk_blocks=chunk_blocks,
     )
 
 
 def sm90_key_gradient(case: Case, tokens: int) -> Schedule:
-    """The dK and dV kernel of csrc/sm90/attention_backward.cuh: two warpgroups take turns at stages of 64 rows."""
-    if not knows_sm90(case):
-        raise ValueError("the model knows the SM90 kernels for blocks of 64 keys and more, and head_dim up to 128.")
-    stages = 6 if case.head_dim <= 96 else 4
+    """The dK and dV kernel of csrc/sm90/attention_backward.cuh.
+
+    Two warpgroups take turns at stages of 64 rows; or, where the sums of both gradients are too many for one, each has a
+    gradient, and both read all stages. Fewer keys than 64 are multiplied as if they were 64.
+    """
+    stages = 6 if case.head_dim <= 96 else 4 if case.head_dim <= 128 else 2
     # Of stages: tables, strips, barriers. Then the table of keys, the part, a barrier.
     small_bytes = stages * (64 * TABLE_ROW_BYTES + 16 + 8 * 8 + 16 + 8) + 64 * 16 + 16 + 8
     return Schedule(
@@ -267,14 +268,14 @@ def sm90_key_gradient(case: Case, tokens: int) -> Schedule:
         tokens=tokens,
         strip_tokens=strip_tokens(case, tokens),
         rows=64,
-        keys=64,
+        keys=min(case.kv_block_size, 64),
         step=64,
         warps=8,
         producer_warps=4,
         unit_warps=4,
         owned_arrays=2,
         written_arrays=2,
-        shared_products=2,
+        shared_products=2 if case.head_dim <= 128 else 3,
         register_products=2,
         shared_bytes=(2 * 64 + stages * 2 * 64) * case.head_dim * ELEMENT_BYTES + small_bytes,
         registers=168,
@@ -328,7 +329,10 @@ class Work:
 
 
 def work_of(schedule: Schedule, lists: Lists, l2_capacity: float = np.inf) -> Work:
-    find = query_major_work if schedule.owns == "queries" else strip_work if schedule.strip_tokens else key_major_work
+    if schedule.owns == "queries":
+        find = query_major_work if schedule.chunk_blocks == 1 else packed_work
+    else:
+        find = strip_work if schedule.strip_tokens else key_major_work
     return find(schedule, lists, tiles_of(lists, schedule.tokens), l2_capacity)
 
 
@@ -347,6 +351,23 @@ def query_major_work(schedule: Schedule, lists: Lists, tiles: Tiles, l2_capacity
         items=keys.sum() * scale,
         steps=steps * scale,
         longest=pieces.max() / slices,
+        missed=missed.sum() * scale,
+    )
+
+
+def packed_work(schedule: Schedule, lists: Lists, tiles: Tiles, l2_capacity: float) -> Work:
+    """Query-major, with several blocks in a chunk."""
+    case, scale = lists.case, lists.coverage * lists.repeats
+    group = group_of_rows(case, WARP_ROWS * schedule.unit_warps)
+    found = chunks_of_blocks(lists, schedule.tokens, group, schedule.units, schedule.chunk_blocks)
+    missed = found.keys.sum(axis=1) * miss_rate(tiles.visible * row_pair_bytes(case), l2_capacity)
+    return Work(
+        ctas=found.chunks.size * scale,
+        owned=tiles.tokens.sum() * group_size(case) * scale,
+        pieces=found.chunks.sum() * scale,
+        items=found.keys.sum() * scale,
+        steps=found.seen * scale,
+        longest=found.chunks.max(),
         missed=missed.sum() * scale,
     )
 

@@ -104,6 +104,44 @@ def seen_by_groups(lists: Lists, tokens: int, group_tokens: int, keys: int, key_
     return total
 
 
+@dataclasses.dataclass(frozen=True)
+class Chunks:
+    """What slices of tiles walk if each chunk has several blocks: those that a row of the slice sees, in ascending order.
+
+    Attributes:
+      chunks: int64 [tiles, slices].
+      keys: int64 [tiles, slices], of these blocks.
+      seen: pairs of a group of rows and a chunk of which it sees a block, over all slices.
+    """
+
+    chunks: np.ndarray
+    keys: np.ndarray
+    seen: int
+
+
+def chunks_of_blocks(lists: Lists, tokens: int, group: tuple[int, int], groups_per_slice: int, blocks: int) -> Chunks:
+    """`group`: tokens of a group of rows, and how many groups the heads of these tokens are. `blocks`: of a chunk."""
+    case, (group_tokens, repeats) = lists.case, group
+    chunks, keys, total = [], [], 0
+    for runs in runs_of_tiles(lists, tokens, group_tokens):
+        groups = np.arange(0, runs.size.shape[1], max(1, group_tokens // runs.run_tokens))
+        chosen = np.logical_or.reduceat(runs.chosen, groups, axis=1)
+        # A run without tokens ends where the sequence does, or before.
+        last = np.maximum.reduceat(np.minimum(runs.first_position + runs.size, case.kv_len) - 1, groups, axis=1)
+        seen = chosen & (pieces_begun(case, last, case.kv_block_size, case.kv_len) > 0)
+        seen = np.repeat(seen, repeats, axis=1)
+        seen = np.pad(seen, [(0, 0), (0, -seen.shape[1] % groups_per_slice), (0, 0)])
+        seen = seen.reshape(len(seen), -1, groups_per_slice, lists.num_kv_blocks)
+        walked = seen.any(axis=2)
+        number = (np.cumsum(walked, axis=2) - walked) // blocks + 1  # of the chunk that the block is in, from 1 on
+        highest = np.maximum.accumulate(np.where(seen, number[:, :, None], 0), axis=3)
+        total += int(highest[..., 0].sum() + np.diff(highest, axis=3).astype(bool).sum())
+        count = walked.sum(axis=2)
+        chunks.append(-(-count // blocks))
+        keys.append(count * case.kv_block_size - walked[..., -1] * (lists.num_kv_blocks * case.kv_block_size - case.kv_len))
+    return Chunks(np.concatenate(chunks), np.concatenate(keys), total)
+
+
 @functools.lru_cache(CACHED_COUNTS)
 def edges_of_groups(lists: Lists, tokens: int, group_tokens: int, keys: int, key_limit: int) -> int:
     """Of the pairs of `seen_by_groups`: those where a token sees a part of the piece."""

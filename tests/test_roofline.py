@@ -62,6 +62,25 @@ COUNTED_ON_SM90 = [
              **SIZES | dict(kv_block_size=128, head_dim=128)), 8,
     ),
     (Case(name="strips of 16 tokens", special="no groups", q_len=64, kv_len=256, num_q_heads=2, **SIZES), 64),
+    (
+        Case(name="two slices of a tile", special="256 rows", q_len=32, kv_len=256, num_q_heads=32, num_slots=2, **SIZES), 16,
+    ),
+    (
+        Case(name="four blocks in a chunk", special="the last chunk has fewer", q_len=32, kv_len=512, num_q_heads=32,
+             num_slots=3, **SIZES | dict(kv_block_size=16)), 4,
+    ),
+    (
+        Case(name="two blocks in a chunk", special="of two consumers, which skip chunks", q_len=32, kv_len=512,
+             num_q_heads=32, num_slots=2, **SIZES | dict(kv_block_size=32)), 8,
+    ),
+    (
+        Case(name="large heads", special="a consumer for each gradient", q_len=16, kv_len=256, num_q_heads=32,
+             **SIZES | dict(head_dim=256)), 4,
+    ),
+    (
+        Case(name="large heads, small blocks", special="chunks of 32 keys for dQ", q_len=16, kv_len=256, num_q_heads=16,
+             **SIZES | dict(head_dim=256, kv_block_size=32)), 8,
+    ),
 ]  # fmt: skip
 
 
@@ -149,19 +168,20 @@ def test_threads_and_shared_memory_are_the_kernels(head_dim, kv_block_size, simu
 
 
 @pytest.mark.parametrize("tokens", [32, 64])
-@pytest.mark.parametrize("head_dim, kv_block_size", [(64, 64), (96, 128), (128, 64)])
+@pytest.mark.parametrize("head_dim, kv_block_size", [(64, 64), (64, 16), (96, 128), (128, 64), (128, 32), (256, 64), (256, 32)])
 def test_threads_and_shared_memory_are_those_of_sm90(head_dim, kv_block_size, tokens, simulated_kernels):
     simulated_kernels.sparse_attn_kernels.restype = ctypes.c_char_p
     kernels = json.loads(simulated_kernels.sparse_attn_kernels())
     case = Case(name="sizes", special="", head_dim=head_dim, kv_block_size=kv_block_size, dtype="bfloat16")
-    groups = f"Warpgroups<{tokens * 2 // 64}, "
+    groups = f"Warpgroups<{tokens * 2 // 64 if head_dim <= 128 else 1}, "
     for make, config in (
         (schedules.sm90_forward, "ForwardConfig"),
         (schedules.sm90_query_gradient, "QueryGradientConfig"),
         (schedules.sm90_key_gradient, "KeyGradientConfig"),
     ):
         schedule = make(case, tokens)
-        sizes = f"{head_dim}, {kv_block_size}, 64, " if schedule.owns == "queries" else f"{head_dim}, 64>"
+        keys = f"{kv_block_size}, {schedule.keys}, " if schedule.owns == "queries" else f"{schedule.keys}>"
+        sizes = f"{head_dim}, {keys}"
         named = f"sm90::{config}<sparse_attn::ptx::BFloat16, {sizes}"
         found = {
             (kernel["threads"], kernel["shared_bytes"])
