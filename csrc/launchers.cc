@@ -8,18 +8,30 @@
 namespace sparse_attn {
 namespace {
 
-const std::vector<AttentionVariant>& attention_variants() {
-  static const std::vector<AttentionVariant> all = [] {
-    std::vector<AttentionVariant> made;
-    const auto add = [&](std::span<const AttentionVariant> of_folder) {
-      made.insert(made.end(), of_folder.begin(), of_folder.end());
-    };
-    add(sm80::attention_variants());
+template <class Variant>
+std::vector<Variant> joined_variants(std::span<const Variant> sm80, std::span<const Variant> sm90) {
+  std::vector<Variant> all(sm80.begin(), sm80.end());
+  all.insert(all.end(), sm90.begin(), sm90.end());
+  return all;
+}
+
 #if SPARSE_ATTN_SM90
-    add(sm90::attention_variants());
+#define SPARSE_ATTN_OF_SM90(variants) sm90::variants
+#else
+#define SPARSE_ATTN_OF_SM90(variants) \
+  {                                   \
+  }
 #endif
-    return made;
-  }();
+
+const std::vector<AttentionVariant>& attention_variants() {
+  static const auto all = joined_variants<AttentionVariant>(
+      sm80::attention_variants(), SPARSE_ATTN_OF_SM90(attention_variants()));
+  return all;
+}
+
+const std::vector<SelectionVariant>& selection_variants() {
+  static const auto all = joined_variants<SelectionVariant>(
+      sm80::selection_variants(), SPARSE_ATTN_OF_SM90(selection_variants()));
   return all;
 }
 
@@ -73,7 +85,7 @@ std::string variants_json() {
     const auto& [arch, dtype, head_dim] = key;
     texts.push_back(variant_text("attention", arch, dtype, head_dim, sizes));
   }
-  for (const auto& [key, run] : sm80::selection_variants())
+  for (const auto& [key, run] : selection_variants())
     texts.push_back(variant_text("selection", key.arch, key.dtype, key.head_dim, {}));
   return "[" + joined(texts, [](const std::string& text) { return text; }) + "]";
 }
@@ -106,7 +118,7 @@ Status attention_backward(const VariantKey& key, const AttentionBackwardParams& 
 
 Status select_blocks(const SelectionKey& key, const SelectionParams& params, int segment_blocks,
                      const LaunchContext& context) {
-  for (const auto& variant : sm80::selection_variants()) {
+  for (const auto& variant : selection_variants()) {
     if (variant.key == key) return variant.run(params, segment_blocks, context);
   }
   return "no selection kernel of arch " + std::to_string(key.arch) + " is compiled in for " +

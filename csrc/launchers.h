@@ -81,7 +81,8 @@ std::span<const SelectionVariant> selection_variants();
 }  // namespace sm80
 namespace sm90 {
 std::span<const AttentionVariant> attention_variants();
-}
+std::span<const SelectionVariant> selection_variants();
+}  // namespace sm90
 
 // These start kernels and return. They allocate nothing and wait for nothing.
 Status attention_forward(const VariantKey& key, const AttentionForwardParams& params,

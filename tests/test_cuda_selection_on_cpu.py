@@ -25,9 +25,9 @@ pytestmark = pytest.mark.kernels
 SMALL = dict(kv_len=799, block_size=16, kernel_size=8, kernel_stride=4, coarse_kernel_size=32, coarse_kernel_stride=16)
 
 
-@pytest.fixture(autouse=True)
-def always_on_cpu(cuda_on_cpu):
-    pass
+@pytest.fixture(autouse=True, params=["sm80", "sm90"])
+def kernels_of_arch(cuda_on_cpu, request, monkeypatch):
+    monkeypatch.setenv(library.ARCH, request.param)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,6 +34,13 @@ struct SelectionTile {
   }
 };
 
+// Where a token stands among the keys.
+__device__ __forceinline__ int load_position(const SelectionParams& p, const SelectionTile& tile,
+                                             int slot) {
+  const std::int64_t row = tile.batch % p.position_batch;
+  return ptx::load_global(p.positions + row * p.q_len + tile.first_token + slot);
+}
+
 // Blocks whose scores are held together, and the units that they overlap as far as any query of the
 // tile sees them.
 struct Segment {

@@ -7,11 +7,8 @@ namespace {
 
 template <class Config>
 Status run(SelectionParams p, int segment_blocks, const LaunchContext& context) {
-  p.tiling = selection_tiling<Config>(p, segment_blocks);
-  if (p.tiling.tile_tokens == 0) {
-    return "top_k " + std::to_string(p.top_k) + " and " + std::to_string(p.num_blocks) +
-           " blocks of keys do not fit into shared memory";
-  }
+  p.tiling = tiling_for<Config>(p, segment_blocks);
+  if (p.tiling.tile_tokens == 0) return does_not_fit(p);
   const std::int64_t num_tiles =
       (std::int64_t{p.q_len} + p.tiling.tile_tokens - 1) / p.tiling.tile_tokens;
   return launch<Config>(selection<Config>, {num_tiles, p.num_lists, p.batch}, p, context,
@@ -25,7 +22,7 @@ Status run_variant(SelectionParams p, int segment_blocks, const LaunchContext& c
   using Low = SelectionConfig<T, kHeadDim, 2, 2>;
   if constexpr (kHeadDim <= 128) {
     using High = SelectionConfig<T, kHeadDim, 4, 1>;
-    const int group_rows = selection_group_rows(p);
+    const int group_rows = padded_group_rows(p);
     if (group_rows >= 8 && std::int64_t{p.q_len} * group_rows > Low::kRows)
       return run<High>(p, segment_blocks, context);
   }

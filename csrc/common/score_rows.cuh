@@ -1,49 +1,51 @@
-// Scores of 32 query rows of a warp against units of keys, in registers.
+// Scores of a warp's query rows against units of keys, in registers, as products leave them there.
 //
-// `Config` is as `SelectionConfig`.
+// `Config` is as in select_blocks.cuh: a lane has `kLaneRows` rows of its warp's, 2 or 4, and some
+// columns of each.
 #pragma once
 
 #include "common/selection.cuh"
 #include "common/units.cuh"
-#include "sm80/matrix.cuh"
-#include "sm80/ptx.cuh"
 
-namespace sparse_attn::sm80 {
+namespace sparse_attn {
 
-// Which rows of a tile belong to which token. A lane has the rows g, g + 8, g + 16 and g + 24 of
-// its warp's 32, where g = lane / 4: they are of one token as far as possible, then come the lanes
-// whose g differs in its low bits, and in groups of 64 rows a second warp.
+// Which rows belong to which token. A lane has the rows g, g + 8 and so on of its warp's, where g =
+// lane / 4: they are of one token as far as possible, then come the lanes whose g differs in its
+// low bits, and then other warps.
+template <int kLaneRows>
 struct TokenRows {
+  static constexpr int kWarpRows = 8 * kLaneRows;
   int in_lane, lanes, warps;  // rows of a token in a lane, such lanes in a warp, and such warps
   int per_warp;               // tokens of a warp
 
   __device__ explicit TokenRows(int group_rows)
-      : in_lane(smaller(group_rows, 4)),
-        lanes(smaller(larger(group_rows / 4, 1), 8)),
-        warps(larger(group_rows / 32, 1)),
-        per_warp(larger(32 / group_rows, 1)) {}
+      : in_lane(smaller(group_rows, kLaneRows)),
+        lanes(smaller(larger(group_rows / kLaneRows, 1), 8)),
+        warps(larger(group_rows / kWarpRows, 1)),
+        per_warp(larger(kWarpRows / group_rows, 1)) {}
 
   // In the table of sums, which has a row for each token of each warp.
   __device__ int table_row(int row) const {
-    return row / 32 * per_warp + row % 8 / lanes + 8 / lanes * (row % 32 / 8 / in_lane);
+    return row / kWarpRows * per_warp + row % 8 / lanes +
+           8 / lanes * (row % kWarpRows / 8 / in_lane);
   }
   __device__ int slot(int row) const { return table_row(row) / warps; }
   // Of the rows of a token.
   __device__ int head(int row) const {
-    return row % 32 / 8 % in_lane + in_lane * (row % 8 % lanes) + 32 * (row / 32 % warps);
+    return row % kWarpRows / 8 % in_lane + in_lane * (row % 8 % lanes) +
+           kWarpRows * (row / kWarpRows % warps);
   }
 };
 
-// Of a warp's 32 rows: element [r / 2][c][2 (r % 2) + i] is row 8 r + lane / 4, column 8 c + 2
-// (lane % 4) + i.
+// Element [r / 2][c][2 (r % 2) + i] is row 8 r + lane / 4, column 8 c + 2 (lane % 4) + i.
 template <class Config>
-using Scores = float[2][Config::kColumns / 8][4];
+using UnitScores = float[Config::kLaneRows / 2][Config::kColumns / 8][4];
 
 // Calls `use(element, r, column)` for each element of a lane.
 template <class Config, class Use>
-__device__ __forceinline__ void for_each_score(Scores<Config>& scores, Use use) {
+__device__ __forceinline__ void for_each_score(UnitScores<Config>& scores, Use use) {
   SPARSE_ATTN_UNROLL
-  for (int r = 0; r < 4; ++r) {
+  for (int r = 0; r < Config::kLaneRows; ++r) {
     SPARSE_ATTN_UNROLL
     for (int c = 0; c < Config::kColumns / 8; ++c) {
       SPARSE_ATTN_UNROLL
@@ -54,70 +56,24 @@ __device__ __forceinline__ void for_each_score(Scores<Config>& scores, Use use) 
   }
 }
 
-// A warp's 32 rows of the query as the first operand of a product.
-template <class Config>
-class QueryRows {
- public:
-  __device__ explicit QueryRows(std::uint32_t rows)
-      : lane_row_(rows + ptx::lane_index() % 16 * kRowBytes<Config::kHeadDim> +
-                  ptx::lane_index() / 16 * 16) {
-    if constexpr (Config::kHoldsQuery) {
-      SPARSE_ATTN_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        SPARSE_ATTN_UNROLL
-        for (int k = 0; k < kSteps; ++k) held_[half][k] = load(half, k);
-      }
-    }
-  }
-
-  // scores += rows units^T.
-  __device__ void multiply(Scores<Config>& scores, std::uint32_t units) const {
-    constexpr int kBytes = kRowBytes<Config::kHeadDim>;
-    const int lane = ptx::lane_index();
-    const std::uint32_t lane_unit = units + (lane / 16 * 8 + lane % 8) * kBytes + lane / 8 % 2 * 16;
-    SPARSE_ATTN_UNROLL
-    for (int k = 0; k < kSteps; ++k) {
-      const ptx::Fragment4 rows[2] = {fragment(0, k), fragment(1, k)};
-      SPARSE_ATTN_UNROLL
-      for (int n = 0; n < Config::kColumns; n += 16) {
-        const ptx::Fragment4 y = ptx::load_matrix(lane_unit + n * kBytes + 32 * k);
-        SPARSE_ATTN_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          ptx::multiply_add<T>(scores[half][n / 8], rows[half].x, {y.x[0], y.x[1]});
-          ptx::multiply_add<T>(scores[half][n / 8 + 1], rows[half].x, {y.x[2], y.x[3]});
-        }
-      }
-    }
-  }
-
- private:
-  using T = typename Config::T;
-  static constexpr int kSteps = Config::kHeadDim / 16;
-
-  __device__ ptx::Fragment4 load(int half, int k) const {
-    return ptx::load_matrix(lane_row_ + 16 * half * kRowBytes<Config::kHeadDim> + 32 * k);
-  }
-  __device__ ptx::Fragment4 fragment(int half, int k) const {
-    if constexpr (Config::kHoldsQuery) return held_[half][k];
-    return load(half, k);
-  }
-
-  std::uint32_t lane_row_;
-  ptx::Fragment4 held_[2][Config::kHoldsQuery ? kSteps : 1];
-};
-
-// The running softmax of a lane's four rows over its own columns.
+// The running softmax of a lane's rows over its own columns.
 template <class Config>
 struct RowStatistics {
-  float maximum[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
-  float sum[4] = {0, 0, 0, 0};
+  float maximum[Config::kLaneRows], sum[Config::kLaneRows] = {};
+
+  __device__ RowStatistics() {
+    SPARSE_ATTN_UNROLL
+    for (float& x : maximum) x = -INFINITY;
+  }
 
   // scores: logits in base 2, -inf where hidden.
-  __device__ void add(Scores<Config>& scores) {
-    float largest[4] = {maximum[0], maximum[1], maximum[2], maximum[3]};
+  __device__ void add(UnitScores<Config>& scores) {
+    float largest[Config::kLaneRows];
+    SPARSE_ATTN_UNROLL
+    for (int r = 0; r < Config::kLaneRows; ++r) largest[r] = maximum[r];
     for_each_score<Config>(scores, [&](float x, int r, int) { largest[r] = fmaxf(largest[r], x); });
     SPARSE_ATTN_UNROLL
-    for (int r = 0; r < 4; ++r) rescale(r, largest[r]);
+    for (int r = 0; r < Config::kLaneRows; ++r) rescale(r, largest[r]);
     for_each_score<Config>(
         scores, [&](float x, int r, int) { sum[r] += ptx::exp2_approx(x - shift(maximum[r])); });
   }
@@ -140,15 +96,16 @@ struct RowStatistics {
 };
 
 // The denominators of a lane's rows, after all lanes have added their columns. `table` has a place
-// for each row and column warp.
+// for each row and column warp. `barrier`: of the group of threads.
 template <class Config>
-__device__ __forceinline__ void find_lse(float (&lse)[4], RowStatistics<Config>& statistics,
-                                         std::uint32_t table, int first_row, int column_warp) {
+__device__ __forceinline__ void find_lse(float (&lse)[Config::kLaneRows],
+                                         RowStatistics<Config>& statistics, std::uint32_t table,
+                                         int first_row, int column_warp, int barrier) {
   const auto place = [&](int r, int warp) {
     return table + 8 * ((first_row + 8 * r) * Config::kColumnWarps + warp);
   };
   SPARSE_ATTN_UNROLL
-  for (int r = 0; r < 4; ++r) {
+  for (int r = 0; r < Config::kLaneRows; ++r) {
     SPARSE_ATTN_UNROLL
     for (int distance = 1; distance < 4; distance *= 2) {
       const float maximum = ptx::shuffle_xor(statistics.maximum[r], distance);
@@ -162,9 +119,10 @@ __device__ __forceinline__ void find_lse(float (&lse)[4], RowStatistics<Config>&
     }
   }
   if constexpr (Config::kColumnWarps > 1) {
-    ptx::sync_threads();  // the statistics of all column warps are there
+    // The statistics of all column warps are there.
+    ptx::sync_barrier(barrier, Config::kThreads);
     SPARSE_ATTN_UNROLL
-    for (int r = 0; r < 4; ++r) {
+    for (int r = 0; r < Config::kLaneRows; ++r) {
       // In the same order by all, so that all get the same.
       RowStatistics<Config> all;
       for (int other = 0; other < Config::kColumnWarps; ++other) {
@@ -179,7 +137,8 @@ __device__ __forceinline__ void find_lse(float (&lse)[4], RowStatistics<Config>&
 // Reduces the probabilities of each token's rows, as far as they are in this warp, and writes them
 // to `to`, the place of the lane's first row and the warp's first column in the table of sums.
 template <class Config, bool kMax>
-__device__ __forceinline__ void reduce_rows(Scores<Config>& scores, const TokenRows& rows,
+__device__ __forceinline__ void reduce_rows(UnitScores<Config>& scores,
+                                            const TokenRows<Config::kLaneRows>& rows,
                                             std::uint32_t to, int pitch) {
   constexpr int kPairs = Config::kColumns / 8;
   // Rows r and r + distance of a lane.
@@ -194,11 +153,12 @@ __device__ __forceinline__ void reduce_rows(Scores<Config>& scores, const TokenR
       }
     }
   };
-  if (rows.in_lane >= 2) {
-    join(0, 1);
-    join(2, 1);
+  SPARSE_ATTN_UNROLL
+  for (int distance = 1; distance < Config::kLaneRows; distance *= 2) {
+    if (distance >= rows.in_lane) break;
+    SPARSE_ATTN_UNROLL
+    for (int r = 0; r < Config::kLaneRows; r += 2 * distance) join(r, distance);
   }
-  if (rows.in_lane == 4) join(0, 2);
   SPARSE_ATTN_UNROLL
   for (int others = 1; others < 8; others *= 2) {
     if (others >= rows.lanes) break;
@@ -217,7 +177,7 @@ __device__ __forceinline__ void reduce_rows(Scores<Config>& scores, const TokenR
   if ((lane / 4 & other_lanes) != 0) return;
   to += 4 * (lane % 4 * 2) * pitch;
   SPARSE_ATTN_UNROLL
-  for (int r = 0; r < 4; ++r) {
+  for (int r = 0; r < Config::kLaneRows; ++r) {
     if ((r & other_rows) != 0) continue;
     SPARSE_ATTN_UNROLL
     for (int c = 0; c < kPairs; ++c) {
@@ -230,4 +190,4 @@ __device__ __forceinline__ void reduce_rows(Scores<Config>& scores, const TokenR
   }
 }
 
-}  // namespace sparse_attn::sm80
+}  // namespace sparse_attn
