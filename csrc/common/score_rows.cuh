@@ -159,34 +159,35 @@ __device__ __forceinline__ void reduce_rows(UnitScores<Config>& scores,
     SPARSE_ATTN_UNROLL
     for (int r = 0; r < Config::kLaneRows; r += 2 * distance) join(r, distance);
   }
+  // The lanes of a token add up its values together: each time, two of them exchange halves of what
+  // both have, and go on with one half each. All of a token's rows are in row 0 of a lane then.
+  const int lane = ptx::lane_index();
+  int first = 0;  // of the values that the lane still has
+  const auto value = [&](int v) -> float& { return scores[0][v / 2][v % 2]; };
   SPARSE_ATTN_UNROLL
   for (int others = 1; others < 8; others *= 2) {
     if (others >= rows.lanes) break;
+    const int kept = kPairs / others;
+    const bool has_high = (lane / 4 & others) != 0;
     SPARSE_ATTN_UNROLL
-    for (int c = 0; c < kPairs; ++c) {
-      SPARSE_ATTN_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        float& x = scores[0][c][i];
-        x = reduce<kMax>(x, ptx::shuffle_xor(x, 4 * others));
-      }
+    for (int v = 0; v < kept; ++v) {
+      const float low = value(v), high = value(v + kept);
+      value(v) =
+          reduce<kMax>(has_high ? high : low, ptx::shuffle_xor(has_high ? low : high, 4 * others));
     }
+    if (has_high) first += kept;
   }
-  // All lanes of a token have its sums now. Both numbers are powers of two.
-  const int other_lanes = rows.lanes - 1, other_rows = rows.in_lane - 1;
-  const int lane = ptx::lane_index();
-  if ((lane / 4 & other_lanes) != 0) return;
   to += 4 * (lane % 4 * 2) * pitch;
   SPARSE_ATTN_UNROLL
   for (int r = 0; r < Config::kLaneRows; ++r) {
-    if ((r & other_rows) != 0) continue;
+    if (r % rows.in_lane != 0) continue;
     SPARSE_ATTN_UNROLL
-    for (int c = 0; c < kPairs; ++c) {
-      SPARSE_ATTN_UNROLL
-      for (int i = 0; i < 2; ++i)
-        ptx::store_shared(to + 4 * (8 * c + i) * pitch, scores[r / 2][c][2 * (r % 2) + i]);
+    for (int v = 0; v < 2 * kPairs; ++v) {
+      if (v * rows.lanes >= 2 * kPairs) break;
+      const int column = 8 * ((first + v) / 2) + (first + v) % 2;
+      ptx::store_shared(to + 4 * column * pitch, scores[r / 2][v / 2][2 * (r % 2) + v % 2]);
     }
-    to +=
-        4 * 8;  // where a lane has rows of several tokens, all its rows are of other tokens' lanes
+    to += 4 * 8;  // where a lane has rows of several tokens, other lanes have none of them
   }
 }
 
