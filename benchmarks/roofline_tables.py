@@ -213,14 +213,14 @@ def goal_sections(entries: Sequence[Entry]) -> str:
     return f"{section(titles[0], header + labels, forward)}\n\n{section(titles[1], header + labels, training)}"
 
 
-def selection_of(case: Case) -> Selection:
-    """By InfLLM-v2's selector, as many blocks as the case's lists have."""
+def selection_of(case: Case, arch: int) -> Selection:
+    """By InfLLM-v2's selector, as many blocks as the case's lists have, with the kernel of SM80 or SM90."""
     selector, platform = InfLLMV2(top_k=case.num_slots), dict(platform="gpu", compute_capability=None)
     options = {x.name: getattr(selector, x.name) for x in dataclasses.fields(ScoringProblem) if hasattr(selector, x.name)}
     sizes = dict(num_q_heads=case.num_q_heads, num_kv_heads=case.num_kv_heads, head_dim=case.head_dim, kv_len=case.kv_len)
     types = dict(dtype=case.dtype, unit_dtype=case.dtype)
     options |= dict(scale=case.head_dim**-0.5, is_causal=case.is_causal)
-    return Selection(ScoringProblem(**sizes, **types, **platform, **options), case.batch, case.q_len)
+    return Selection(ScoringProblem(**sizes, **types, **platform, **options), case.batch, case.q_len, arch=arch)
 
 
 def selection_section(entries: Sequence[Entry]) -> str:
@@ -228,9 +228,9 @@ def selection_section(entries: Sequence[Entry]) -> str:
     header = ["device", "tokens x batch", *(f"predicted {name} ms" for name in ("tensor", "exp", "shared", "memory"))]
     header += ["predicted selection ms, at least", "goal: a quarter of the predicted forward", "predicted plan ms"]
     cells = []
-    for device, kernel in ((H100, "forward SM90"), (A100, "forward A100")):
+    for device, arch, kernel in ((H100, 90, "forward SM90"), (A100, 80, "forward A100")):
         for case in TOKEN_CASES.values():
-            limits = selection_model.limits_of(selection_of(case), device)
+            limits = selection_model.limits_of(selection_of(case, arch), device)
             forward = best(entries, kernel, case, "realistic")
             tokens, tiles = forward.schedule.tokens, case.q_len // forward.schedule.tokens
             pairs = case.batch * case.num_kv_heads

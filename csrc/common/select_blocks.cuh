@@ -134,14 +134,15 @@ struct SelectionWalks {
   }
 };
 
-// The first and the last position of some tokens, by a warp.
+// By a warp, which finds the first and the last position of the tokens.
 template <class PositionAt>
 __device__ __forceinline__ SelectionWalks walks_of(const SelectionParams& p, int num_tokens,
                                                    PositionAt position_at) {
   int earliest = INT32_MAX, latest = INT32_MIN;
   for (int slot = ptx::lane_index(); slot < num_tokens; slot += 32) {
-    earliest = smaller(earliest, position_at(slot));
-    latest = larger(latest, position_at(slot));
+    const int position = position_at(slot);
+    earliest = smaller(earliest, position);
+    latest = larger(latest, position);
   }
   for (int distance = 16; distance > 0; distance /= 2) {
     earliest = smaller(earliest, ptx::shuffle_xor(earliest, distance));

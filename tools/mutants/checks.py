@@ -16,6 +16,7 @@ MAKERS = {
     "sm80/launchers.cu": attention_checks.all_checks,
     "sm80/selection.cu": selection_checks.all_checks,
     "sm90/launchers.cu": attention_checks.all_checks,
+    "sm90/selection.cu": selection_checks.all_checks,
 }
 
 
