@@ -14,8 +14,6 @@
 //   kThreads, kWarps
 #pragma once
 
-#include <string>
-
 #include "common/score_rows.cuh"
 #include "common/selection.cuh"
 #include "common/tile.cuh"
@@ -97,11 +95,6 @@ SelectionTiling selection_tiling(const SelectionParams& p, int rows, int segment
   }
   tiling.tile_tokens = 0;
   return tiling;
-}
-
-inline std::string does_not_fit(const SelectionParams& p) {
-  return "top_k " + std::to_string(p.top_k) + " and " + std::to_string(p.num_blocks) +
-         " blocks of keys do not fit into shared memory";
 }
 
 // The walks over units of tokens that stand at `earliest` to `latest`.

@@ -8,7 +8,10 @@ namespace {
 template <class Config>
 Status run(SelectionParams p, int segment_blocks, const LaunchContext& context) {
   p.tiling = tiling_for<Config>(p, segment_blocks);
-  if (p.tiling.tile_tokens == 0) return does_not_fit(p);
+  if (p.tiling.tile_tokens == 0) {
+    return "top_k " + std::to_string(p.top_k) + " and " + std::to_string(p.num_blocks) +
+           " blocks of keys do not fit into shared memory";
+  }
   const std::int64_t num_tiles =
       (std::int64_t{p.q_len} + p.tiling.tile_tokens - 1) / p.tiling.tile_tokens;
   return launch<Config>(selection<Config>, {num_tiles, p.num_lists, p.batch}, p, context,

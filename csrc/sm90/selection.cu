@@ -7,11 +7,22 @@
 namespace sparse_attn::sm90 {
 namespace {
 
+template <class T>
+constexpr Dtype kDtype = std::is_same_v<T, ptx::BFloat16> ? Dtype::kBFloat16 : Dtype::kFloat16;
+
+// Each consumer has lists of its own: longer ones have room where a CTA has those of one token.
+const SelectionVariant& of_sm80(const SelectionKey& key) {
+  const auto all = sm80::selection_variants();
+  return *std::find_if(all.begin(), all.end(),
+                       [&](const SelectionVariant& variant) { return variant.key == key; });
+}
+
 template <class T, int kHeadDim>
 Status run_variant(SelectionParams p, int segment_blocks, const LaunchContext& context) {
   using Config = SelectionConfig<T, kHeadDim>;
   p.tiling = tiling_for<Config>(p, segment_blocks);
-  if (p.tiling.tile_tokens == 0) return does_not_fit(p);
+  if (p.tiling.tile_tokens == 0)
+    return of_sm80({80, kDtype<T>, kHeadDim}).run(p, segment_blocks, context);
   const std::int64_t tokens = Config::kConsumers * p.tiling.tile_tokens;
   const Grid grid = {(p.q_len + tokens - 1) / tokens, p.num_lists, p.batch};
   const auto bytes =
