@@ -124,7 +124,7 @@ def block_commands(out: Path) -> list[Command]:
 def selection_commands(out: Path) -> list[Command]:
     """The selection, beside the attention to what it chose."""
     sizes = [*PUBLISHED, "--q_len=131072", "--batch=2", "--op=both", "--num_local_blocks=32", "--mode=forward", "--baselines="]
-    return [ON_A_GPU, benchmark_command(out / "selection_131072.json", *sizes)]
+    return [ON_A_GPU, benchmark_command(out / "selection_131072.json", *sizes, all_kernels())]
 
 
 STAGES: dict[str, Callable[[Path], list[Command]]] = dict(
