@@ -1,4 +1,4 @@
-"""InfLLMV2, SlidingWindow and Dense as a user calls them."""
+"""InfLLMV2, LocalStrided, SlidingWindow and Dense as a user calls them."""
 
 import dataclasses
 import functools
@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from sparse_attn_jax.selectors import Dense, InfLLMV2, SlidingWindow
+import sparse_attn_jax as sa
+from sparse_attn_jax.selectors import Dense, InfLLMV2, LocalStrided, SlidingWindow
 from sparse_attn_jax.testing import selection_oracle as oracle
 
 # Small blocks, so that short sequences have many.
@@ -22,8 +23,9 @@ SELECTORS = {
     "nsa": dataclasses.replace(SMALL, pooling="overlap_sum", group_reduction="mean", coarse_lse=False),
     "per-head": dataclasses.replace(SMALL, group_reduction=None),
     "window": SlidingWindow(20, num_sinks=3, block_size=8),
+    "local strided": LocalStrided(local_blocks=2, vert_stride=3, block_size=8),
 }
-DATA_DEPENDENT = {name: selector for name, selector in SELECTORS.items() if name != "window"}
+DATA_DEPENDENT = {name: selector for name, selector in SELECTORS.items() if isinstance(selector, InfLLMV2)}
 
 
 def make_inputs(q_len, kv_len, num_q_heads=4, num_kv_heads=2, head_dim=16, batch=1, seed=0):
@@ -328,3 +330,113 @@ def test_bad_call_is_refused_by_name(name):
 def test_every_selector_refuses_a_bad_argument_by_name(selector, argument, bad):
     with pytest.raises(ValueError, match=f"`{argument}`"):
         selector(**(dict(query=QUERY, key=KEY) | bad))
+
+
+def local_strided_mask(positions, kv_len, block_size, local, stride, offsets):
+    """The definition: bool [batch, heads, q_len, kv_len], one entry at a time. `offsets`: by head, or "dense"."""
+    mask = np.zeros((len(positions), len(offsets), positions.shape[1], kv_len), bool)
+    for b, h, q, k in np.ndindex(mask.shape):
+        i, j = positions[b, q] // block_size, k // block_size
+        is_kept = offsets[h] == "dense" or i - j < local or (j + offsets[h]) % stride == 0
+        mask[b, h, q, k] = is_kept and k <= positions[b, q]
+    return mask
+
+
+def visible_of(selection, positions, kv_len):
+    """The selection's tokens, under causality."""
+    blocks = np.asarray(selection.to_dense_mask(positions.shape[1], kv_len))
+    return blocks & (np.arange(kv_len) <= positions[:, None, :, None])
+
+
+STRIDED = [
+    (dict(), [1, 2, 3, 4]),  # max(1, 3 // 4) is 1
+    (dict(vert_stride=9), [1, 3, 5, 7]),
+    (dict(stride_offset=0, head_step=2, num_dense_heads=1), [0, 2, 4, "dense"]),
+    (dict(head_step=0), [1] * 4),
+    (dict(slide="kv"), [1, 1, 2, 2]),
+    (dict(slide="kv", head_step=2, num_heads=6, head_range=(3, 5)), [7, 7, 9, 9]),
+    (dict(num_heads=8, head_range=(2, 6), vert_stride=16, num_dense_heads=3), [5, 7, 9, "dense"]),
+    (dict(local_blocks=40), [1, 2, 3, 4]),
+    (dict(vert_stride=1), ["dense"] * 4),
+]
+
+
+@pytest.mark.parametrize(
+    "options, offsets, q_offset",
+    [(*case, q_offset) for case in STRIDED for q_offset in (None, 21)]
+    + [(*STRIDED[i], q_offset) for i in (0, 7) for q_offset in (0, 8, -5, 90, 300, (0, 37))],
+    ids=str,
+)
+def test_local_strided_is_its_definition(options, offsets, q_offset):
+    selector = LocalStrided(**dict(local_blocks=2, vert_stride=3, block_size=8) | options)
+    query, key = make_inputs(43, 75, batch=2)
+    offset = jnp.asarray(q_offset) if isinstance(q_offset, tuple) else q_offset
+    selection = selector(query, key, is_causal=True, q_offset=offset)
+    assert selection.q_block_size == (8 if q_offset in (None, 0, 8) else 1)
+    positions = np.broadcast_to(32 if q_offset is None else np.asarray(q_offset), (2,))[:, None] + np.arange(43)
+    expected = local_strided_mask(positions, 75, 8, selector.local_blocks, selector.vert_stride, offsets)
+    heads = selection.indices.shape[1]
+    found = visible_of(selection, positions, 75).repeat(4 // heads, axis=1)
+    np.testing.assert_array_equal(np.broadcast_to(found, expected.shape), expected)
+
+
+def test_local_strided_check_notices_a_stride_that_is_off_by_one():
+    """vLLM's 1 is DKernel's 0."""
+    query, key = make_inputs(75, 75)
+    positions = np.arange(75)[None]
+    found = visible_of(LocalStrided(2, 3, 8, stride_offset=0)(query, key, is_causal=True), positions, 75)
+    assert (found != local_strided_mask(positions, 75, 8, 2, 3, [1, 2, 3, 4])).any()
+
+
+def test_local_strided_shares_equal_lists():
+    query, key = make_inputs(64, 640)
+    for selector, heads in ((LocalStrided(2), 4), (LocalStrided(2, head_step=0), 1), (LocalStrided(2, slide="kv"), 2)):
+        selection = selector(query, key, is_causal=True)
+        assert selection.indices.shape == (1, heads, 1, 2 + 2)  # one in 8 of 10 blocks: at most 2
+        lists = np.asarray(selection.indices)[0]
+        for row in lists.reshape(-1, 4):
+            assert len(set(row[row >= 0])) == (row >= 0).sum()
+
+
+def test_local_strided_attends_as_defined():
+    query, key = make_inputs(64, 75)
+    selector = LocalStrided(local_blocks=2, vert_stride=3, block_size=8)
+    out = sa.sparse_attention(query, key, key, selector, is_causal=True)
+    mask = local_strided_mask(11 + np.arange(64)[None], 75, 8, 2, 3, [1, 2, 3, 4])
+    scores = np.einsum("bqhd,bkhd->bhqk", query, np.repeat(key, 2, axis=2)) / 4
+    probabilities = np.exp(np.where(mask, scores, -np.inf))
+    probabilities /= probabilities.sum(-1, keepdims=True)
+    np.testing.assert_allclose(out, np.einsum("bhqk,bkhd->bqhd", probabilities, np.repeat(key, 2, axis=2)), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(local_blocks=0), "`local_blocks` is 0; it must be an int of at least 1"),
+        (dict(vert_stride=0), "`vert_stride` is 0"),
+        (dict(block_size=0), "`block_size` is 0"),
+        (dict(head_step=-1), "`head_step` is -1"),
+        (dict(stride_offset=-1), "`stride_offset` is -1"),
+        (dict(slide="k"), "`slide` is 'k'; it must be one of 'q', 'kv'"),
+        (dict(num_heads=0), "`num_heads` is 0"),
+        (dict(num_dense_heads=-1), "`num_dense_heads` is -1"),
+        (dict(head_range=[0, 1]), r"`head_range` is \[0, 1\]; it must be a tuple"),
+        (dict(head_range=(2, 2), num_heads=4), r"`head_range\[1\]` is 2; it must be an int of at least 3"),
+        (dict(head_range=(0, 4)), "`num_heads` is None; with head_range="),
+        (dict(head_range=(0, 4), num_heads=3), "`num_heads` is 3; with head_range="),
+    ],
+    ids=str,
+)
+def test_local_strided_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        LocalStrided(**options)
+
+
+def test_local_strided_refuses_calls():
+    query, key = make_inputs(8, 8)
+    with pytest.raises(ValueError, match="`is_causal` is False; the pattern of LocalStrided looks back only"):
+        LocalStrided()(query, key)
+    with pytest.raises(ValueError, match=r"the call has 4 query heads; `num_heads` 8 and `head_range` \(0, 2\) need 2"):
+        LocalStrided(num_heads=8, head_range=(0, 2))(query, key, is_causal=True)
+    with pytest.raises(ValueError, match="`num_dense_heads` is 5; there are 4 query heads"):
+        LocalStrided(num_dense_heads=5)(query, key, is_causal=True)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from sparse_attn_jax import selection_checks as checks
 from sparse_attn_jax.selection import BlockSelection, num_blocks
+from sparse_attn_jax.selectors.static_rows import check_call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +43,7 @@ class Dense:
         Raises:
           ValueError: an argument is wrong.
         """
-        checks.check_key(key)
-        checks.check_query(query, key, "key")
-        checks.check_bool("is_causal", is_causal)
-        checks.check_q_offset(q_offset, query.shape[0], query.shape[1], key.shape[1])
+        check_call(query, key, is_causal, q_offset)
         return select_every_block(query.shape[1], key.shape[1], self.block_size)
 
 

@@ -1,15 +1,14 @@
 """`SlidingWindow`: the nearest tokens and a few leading ones, exact to the token."""
 
 import dataclasses
-import numbers
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from sparse_attn_jax import selection_checks as checks
-from sparse_attn_jax.scoring_problem import absolute_positions
 from sparse_attn_jax.selection import BlockSelection, num_blocks
+from sparse_attn_jax.selectors.static_rows import check_call, first_positions
 
 
 @jax.tree_util.register_dataclass
@@ -66,16 +65,9 @@ class SlidingWindow:
         Raises:
           ValueError: an argument is wrong.
         """
-        checks.check_key(key)
-        checks.check_query(query, key, "key")
-        checks.check_bool("is_causal", is_causal)
-        q_len, kv_len = query.shape[1], key.shape[1]
-        checks.check_q_offset(q_offset, query.shape[0], q_len, kv_len)
-        q_offset = kv_len - q_len if q_offset is None else q_offset
-        is_aligned = isinstance(q_offset, numbers.Integral) and q_offset % self.block_size == 0
-        q_block_size = self.block_size if is_aligned else 1
-        num_rows = num_blocks(q_len, q_block_size)
-        first = absolute_positions(q_offset, num_rows * q_block_size, kv_len)[:, ::q_block_size]
+        check_call(query, key, is_causal, q_offset)
+        kv_len = key.shape[1]
+        q_block_size, first = first_positions(q_offset, query.shape[1], kv_len, self.block_size)
         ids = self._list_blocks(first, first + q_block_size - 1, kv_len, is_causal)
         predicate = WindowPredicate(self.window, self.num_sinks)
         return BlockSelection(ids[:, None], q_block_size=q_block_size, kv_block_size=self.block_size, predicate=predicate)
