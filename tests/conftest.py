@@ -12,6 +12,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
+# A compiled simulator for the tests that want one; "1": they make it.
+SIMULATOR = os.environ.get("SPARSE_ATTN_HOST_SIM") or os.environ.get("TEST_SIMULATOR", "1")
+
 # The first example of a test compiles, so time says nothing about an example.
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
@@ -35,7 +38,7 @@ def cuda_on_cpu(request, monkeypatch) -> None:
     if jax.default_backend() == "gpu":
         return
     request.getfixturevalue("cpp_compiler")
-    monkeypatch.setenv("SPARSE_ATTN_HOST_SIM", os.environ.get("SPARSE_ATTN_HOST_SIM", "1"))
+    monkeypatch.setenv("SPARSE_ATTN_HOST_SIM", SIMULATOR)
 
 
 # The fields of `Counters` in csrc/host_sim/simulator.h, in their order.
@@ -75,4 +78,4 @@ def simulated_kernels(cpp_compiler) -> ctypes.CDLL:
     """The library that the simulator runs: handlers for platform "cpu"."""
     from sparse_attn_jax.implementations.cuda import host_sim
 
-    return ctypes.CDLL(str(host_sim.build()))
+    return ctypes.CDLL(str(host_sim.build()) if SIMULATOR == "1" else SIMULATOR)
