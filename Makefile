@@ -56,7 +56,7 @@ demo: $(ready)
 	$(bin)/python examples/train_lm.py --out demo_out $(ARGS)
 
 test: $(ready)
-	$(bin)/python -m pytest -q -n $(JOBS) $(ARGS)
+	$(bin)/python -m pytest -q -n $(JOBS) --dist worksteal $(ARGS)
 
 mutants: $(ready)
 	nice $(bin)/python -m tools.mutants --jobs $(JOBS) $(ARGS)

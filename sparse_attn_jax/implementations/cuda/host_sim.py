@@ -1,5 +1,6 @@
 """Compiles the CUDA sources for a CPU, where a simulator runs them (`csrc/host_sim`). Needs the source tree and g++."""
 
+import concurrent.futures
 import fcntl
 import hashlib
 import os
@@ -43,12 +44,22 @@ def build(flags: tuple[str, ...] = ()) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)  # others may want it at the same time
         if made.exists():
             return made
-        command = [COMPILER, *FLAGS, *flags, "-shared", f"-I{CSRC}", "-isystem", jax.ffi.include_dir(), "-x", "c++"]
-        done = subprocess.run([*command, *map(str, sources()), "-o", f"{scratch}/made.so"], capture_output=True, text=True)
-        if done.returncode != 0:
-            raise RuntimeError(f"the simulator does not compile:\n{done.stderr}")
+        command = [COMPILER, *FLAGS, *flags, f"-I{CSRC}", "-isystem", jax.ffi.include_dir(), "-x", "c++", "-c"]
+        # Those of kernels take long, and are started first.
+        parts = {
+            source: f"{scratch}/{i}.o" for i, source in enumerate(sorted(sources(), key=lambda path: path.suffix != ".cu"))
+        }
+        with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            list(pool.map(lambda source: _run([*command, str(source), "-o", parts[source]]), parts))
+        _run([COMPILER, *flags, "-shared", *parts.values(), "-o", f"{scratch}/made.so"])
         os.replace(f"{scratch}/made.so", made)
     return made
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"the simulator does not compile:\n{done.stderr}")
 
 
 def _key(flags: tuple[str, ...]) -> str:
