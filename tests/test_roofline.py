@@ -23,6 +23,8 @@ from sparse_attn_jax.testing import inputs
 from sparse_attn_jax.testing.cases import Case, case_named
 from sparse_attn_jax.testing.inputs import make_inputs
 
+pytestmark = pytest.mark.kernels
+
 DOCUMENT = (Path(__file__).absolute().parent.parent / "docs" / "performance.md").read_text()
 COUNTERS = ("global_loaded", "global_stored", "shared_loaded", "shared_stored", "matrix_instructions")
 
