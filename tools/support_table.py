@@ -50,7 +50,8 @@ def rows() -> list[tuple[str, ...]]:
         found += [("`mosaic`", name, "GPU of 9.0", *sizes, "CPU, interpreted") for sizes in mosaic]
         for arch in library.ARCHITECTURES["9.0"]:
             capabilities = [able for able, folders in library.ARCHITECTURES.items() if arch in folders]
-            with mock.patch.dict(os.environ, {library.HOST_SIM: "1", library.ARCH: f"sm{arch}"}):
+            simulator = os.environ.get(library.HOST_SIM) or "1"
+            with mock.patch.dict(os.environ, {library.HOST_SIM: simulator, library.ARCH: f"sm{arch}"}):
                 kernels = supported("cuda", what, platform="cpu")
             run = ", ".join(["CPU, simulated", *(devices_of(capabilities) or ["**no GPU yet**"])])
             place = f"GPU of {', '.join(capabilities)}"
