@@ -312,6 +312,17 @@ def test_blocks_with_nan_scores_are_chosen_only_if_forced(use_coarse, pooling, r
     assert_nan_scores_are_chosen_only_if_forced(call.run(), lists, scores, use_coarse)
 
 
+def calls_with_a_nan_in_the_first_query() -> tuple[Call, Call]:
+    """Without it, and with it. Groups of three heads leave rows of each token empty."""
+    call = make_call(40, 6, 2, **SMALL)
+    return call, dataclasses.replace(call, query=call.query.at[0, 0].set(jnp.nan))
+
+
+def test_nan_in_a_query_leaves_the_other_lists():
+    clean, bad = calls_with_a_nan_in_the_first_query()
+    np.testing.assert_array_equal(bad.run()[:, :, 1:], clean.run()[:, :, 1:])
+
+
 def call_with_infinite_logits(where: str) -> Call:
     call = make_call(40, 4, 2, use_coarse=True, top_k=8, **SMALL)
     if where == "query":

@@ -96,6 +96,11 @@ def hidden_check(group_size: int, use_coarse: bool, value: float) -> Check:
     return lambda: np.testing.assert_array_equal(bad()[:, :, :27], clean()[:, :, :27])
 
 
+def nan_query_check() -> Check:
+    clean, bad = (run_of(call) for call in tests.calls_with_a_nan_in_the_first_query())
+    return lambda: np.testing.assert_array_equal(bad()[:, :, 1:], clean()[:, :, 1:])
+
+
 def nan_check(use_coarse: bool, pooling: str, reduction: str | None) -> Check:
     call = tests.call_with_a_nan_in_a_unit(use_coarse, pooling, reduction)
     run = run_of(call)
@@ -177,6 +182,7 @@ def all_checks() -> dict[str, Callable[[], Check]]:
             calls[f"hidden {value} {use_coarse}"] = make(hidden_check, 2 if use_coarse else 3, use_coarse, value)
     for x in ((False, "max", "sum"), (True, "max", "max"), (True, "overlap_sum", None), (False, "overlap_sum", "sum")):
         calls[f"nan {x}"] = make(nan_check, *x)
+    calls["nan in a query"] = nan_query_check
     calls |= {f"infinite {where}": make(infinite_check, where) for where in ("query", "unit")}
     calls |= {f"order, group {size}": make(order_check, size) for size in (4, 16)}
     calls |= {f"vmap {moving}": make(mapped_check, moving) for moving in ((0,), (1, 2), (3,), (0, 1, 2, 3))}
