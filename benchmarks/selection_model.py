@@ -122,7 +122,8 @@ def sm80_tiling(selection: Selection) -> Tiling:
 
     most = MOST_SHARED_BYTES[80]
     tokens, blocks, used = fitting(selection, rows, most, (most // 2 - 1024, most), bytes_of)
-    return Tiling(rows, row_warps * column_warps, row_warps, column_warps, tokens, blocks, used)
+    reads = dict(warps=row_warps * column_warps, unit_reads=row_warps, query_reads=column_warps)
+    return Tiling(rows=rows, tokens=tokens, segment_blocks=blocks, shared_bytes=used, **reads)
 
 
 def sm90_tiling(selection: Selection) -> Tiling:
@@ -137,7 +138,9 @@ def sm90_tiling(selection: Selection) -> Tiling:
 
     most = MOST_SHARED_BYTES[90]
     tokens, blocks, used = fitting(selection, CONSUMER_ROWS, most, (most,), bytes_of)
-    return Tiling(CONSUMERS * CONSUMER_ROWS, 4 * (CONSUMERS + 1), CONSUMERS, 0, CONSUMERS * tokens, blocks, used)
+    reads = dict(warps=4 * (CONSUMERS + 1), unit_reads=CONSUMERS, query_reads=0)
+    held = dict(rows=CONSUMERS * CONSUMER_ROWS, tokens=CONSUMERS * tokens)
+    return Tiling(segment_blocks=blocks, shared_bytes=used, **held, **reads)
 
 
 def fitting(
@@ -250,8 +253,8 @@ def walks_of(selection: Selection, tiling: Tiling, earliest: int, latest: int) -
         if stop < end:
             # Whole chunks, if they end with a later block.
             whole = (end_unit(selection, stop) - first_unit) // CHUNK_UNITS * CHUNK_UNITS
-            fitting = (first_unit + whole) * fine.stride // p.block_size
-            stop = min(stop, fitting) if fitting > block else stop
+            whole_blocks = (first_unit + whole) * fine.stride // p.block_size
+            stop = min(stop, whole_blocks) if whole_blocks > block else stop
         walks.append(Walk(min(end_unit(selection, stop), num_visible) - first_unit, fine.count - first_unit))
         block = stop
     return walks

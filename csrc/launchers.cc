@@ -9,29 +9,29 @@ namespace sparse_attn {
 namespace {
 
 template <class Variant>
-std::vector<Variant> joined_variants(std::span<const Variant> sm80, std::span<const Variant> sm90) {
-  std::vector<Variant> all(sm80.begin(), sm80.end());
-  all.insert(all.end(), sm90.begin(), sm90.end());
+std::vector<Variant> concatenated(std::initializer_list<std::span<const Variant>> lists) {
+  std::vector<Variant> all;
+  for (const auto list : lists) all.insert(all.end(), list.begin(), list.end());
   return all;
 }
 
+std::span<const AttentionVariant> attention_variants() {
+  static const auto all = concatenated<AttentionVariant>({
+      sm80::attention_variants(),
 #if SPARSE_ATTN_SM90
-#define SPARSE_ATTN_OF_SM90(variants) sm90::variants
-#else
-#define SPARSE_ATTN_OF_SM90(variants) \
-  {                                   \
-  }
+      sm90::attention_variants(),
 #endif
-
-const std::vector<AttentionVariant>& attention_variants() {
-  static const auto all = joined_variants<AttentionVariant>(
-      sm80::attention_variants(), SPARSE_ATTN_OF_SM90(attention_variants()));
+  });
   return all;
 }
 
-const std::vector<SelectionVariant>& selection_variants() {
-  static const auto all = joined_variants<SelectionVariant>(
-      sm80::selection_variants(), SPARSE_ATTN_OF_SM90(selection_variants()));
+std::span<const SelectionVariant> selection_variants() {
+  static const auto all = concatenated<SelectionVariant>({
+      sm80::selection_variants(),
+#if SPARSE_ATTN_SM90
+      sm90::selection_variants(),
+#endif
+  });
   return all;
 }
 
@@ -62,10 +62,8 @@ std::string missing(const VariantKey& key) {
 template <class Params>
 Status run(Status (*AttentionVariant::*pass)(const Params&, const LaunchContext&),
            const VariantKey& key, const Params& params, const LaunchContext& context) {
-  for (const auto& variant : attention_variants()) {
-    if (variant.key == key) return (variant.*pass)(params, context);
-  }
-  return missing(key);
+  const AttentionVariant* variant = find_variant(attention_variants(), key);
+  return variant ? (variant->*pass)(params, context) : missing(key);
 }
 
 std::string variant_text(const char* kernel, int arch, Dtype dtype, int head_dim,
@@ -118,9 +116,8 @@ Status attention_backward(const VariantKey& key, const AttentionBackwardParams& 
 
 Status select_blocks(const SelectionKey& key, const SelectionParams& params, int segment_blocks,
                      const LaunchContext& context) {
-  for (const auto& variant : selection_variants()) {
-    if (variant.key == key) return variant.run(params, segment_blocks, context);
-  }
+  if (const SelectionVariant* variant = find_variant(selection_variants(), key))
+    return variant->run(params, segment_blocks, context);
   return "no selection kernel of arch " + std::to_string(key.arch) + " is compiled in for " +
          name_of(key.dtype) + ", head_dim " + std::to_string(key.head_dim);
 }

@@ -2,6 +2,7 @@
 // shapes and dtypes of all arrays.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <span>
@@ -74,6 +75,14 @@ struct SelectionVariant {
   // `segment_blocks`: whose scores are held at a time; 0 is as many as there is room for.
   Status (*run)(SelectionParams, int segment_blocks, const LaunchContext&);
 };
+
+// The one of a key, or null.
+template <class Variant, class Key = decltype(Variant::key)>
+const Variant* find_variant(std::span<const Variant> all, const Key& key) {
+  const auto found = std::find_if(all.begin(), all.end(),
+                                  [&](const Variant& variant) { return variant.key == key; });
+  return found == all.end() ? nullptr : &*found;
+}
 
 namespace sm80 {
 std::span<const AttentionVariant> attention_variants();

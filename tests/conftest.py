@@ -37,7 +37,7 @@ def cuda_on_cpu(request, monkeypatch) -> None:
 
     if jax.default_backend() == "gpu":
         return
-    request.getfixturevalue("cpp_compiler")
+    request.getfixturevalue("simulator")
     monkeypatch.setenv("SPARSE_ATTN_HOST_SIM", SIMULATOR)
 
 
@@ -74,8 +74,14 @@ def counters_of(cuda_on_cpu, simulated_kernels):
 
 
 @pytest.fixture(scope="session")
-def simulated_kernels(cpp_compiler) -> ctypes.CDLL:
-    """The library that the simulator runs: handlers for platform "cpu"."""
+def simulator(cpp_compiler) -> str:
+    """The library that the simulator runs. If it does not compile, that is tried once, not by every test."""
     from sparse_attn_jax.implementations.cuda import host_sim
 
-    return ctypes.CDLL(str(host_sim.build()) if SIMULATOR == "1" else SIMULATOR)
+    return str(host_sim.build()) if SIMULATOR == "1" else SIMULATOR
+
+
+@pytest.fixture(scope="session")
+def simulated_kernels(simulator) -> ctypes.CDLL:
+    """The simulator's handlers, for platform "cpu"."""
+    return ctypes.CDLL(simulator)

@@ -1,6 +1,6 @@
 """Which variants each implementation takes, as its own `supports` says, and on which GPUs they have passed their tests.
 
-`python -m tools.support_table` writes the table of the README; tests/test_readme.py compares it.
+`python -m tools.support_table` writes the table of the README; tests/test_support_table.py compares it.
 """
 
 import itertools

@@ -1,8 +1,8 @@
 // The variants of compute capability 8.0 that are compiled.
 #include <algorithm>
-#include <array>
 
 #include "common/launch.cuh"
+#include "common/variants.cuh"
 #include "sm80/attention_backward.cuh"
 #include "sm80/attention_forward.cuh"
 
@@ -56,48 +56,22 @@ struct Variant {
   static constexpr int kKeys = std::min(kBlockSize, kHeadDim > 128 ? 32 : 64);
   static constexpr int kOwnKeys = std::min(kBlockSize, 64);
 
-  using ForwardKernels = Sequence<Forward<ForwardConfig<T, kHeadDim, kKeys>>>;
+  static constexpr auto forward = Forward<ForwardConfig<T, kHeadDim, kKeys>>::run;
 
   using OfQuery = QueryGradient<QueryGradientConfig<T, kHeadDim, kKeys>>;
   template <KeyGradient kWhich>
   using OfKey = KeyGradients<KeyGradientConfig<T, kHeadDim, kOwnKeys, kWhich>>;
   using OfParts = SumPartials<SumPartialsConfig<T, kHeadDim>>;
-  using BackwardKernels = std::conditional_t<
+  using Backward = std::conditional_t<
       kHeadDim <= 128, Sequence<OfQuery, OfKey<KeyGradient::kBoth>, OfParts>,
       Sequence<OfQuery, OfKey<KeyGradient::kKey>, OfKey<KeyGradient::kValue>, OfParts>>;
+  static constexpr auto backward = Backward::template run<AttentionBackwardParams>;
 };
-
-template <class T>
-constexpr Dtype kDtype = std::is_same_v<T, ptx::BFloat16> ? Dtype::kBFloat16 : Dtype::kFloat16;
-
-template <class T, int kHeadDim, int... kBlockSizes>
-void add(std::vector<AttentionVariant>& to) {
-  const auto add_one = [&]<int kBlockSize>() {
-    using V = Variant<T, kHeadDim, kBlockSize>;
-    to.push_back({{80, kDtype<T>, kHeadDim, kBlockSize},
-                  V::ForwardKernels::template run<AttentionForwardParams>,
-                  V::BackwardKernels::template run<AttentionBackwardParams>});
-  };
-  (add_one.template operator()<kBlockSizes>(), ...);
-}
-
-template <class T>
-void add_dtype(std::vector<AttentionVariant>& to) {
-  add<T, 64, 16, 32, 64, 128>(to);
-  add<T, 96, 16, 32, 64, 128>(to);
-  add<T, 128, 16, 32, 64, 128>(to);
-  add<T, 256, 16, 32, 64, 128>(to);
-}
 
 }  // namespace
 
 std::span<const AttentionVariant> attention_variants() {
-  static const std::vector<AttentionVariant> all = [] {
-    std::vector<AttentionVariant> made;
-    add_dtype<ptx::BFloat16>(made);
-    add_dtype<ptx::Float16>(made);
-    return made;
-  }();
+  static const auto all = list_attention<80, Variant>();
   return all;
 }
 

@@ -1,10 +1,10 @@
 // The variants of compute capability 9.0 that are compiled.
 #include <algorithm>
-#include <array>
 #include <exception>
 
 #include "common/launch.cuh"
 #include "common/partials.cuh"
+#include "common/variants.cuh"
 #include "sm90/attention_backward.cuh"
 #include "sm90/attention_forward.cuh"
 
@@ -27,23 +27,15 @@ bool has_rows_for_two(const AttentionInputs& in) {
   return Tile::slices_per_tile(in.shape, in.plan, kProductRows) > 1;
 }
 
-const AttentionVariant& of_sm80(VariantKey key) {
-  key.arch = 80;
-  const auto all = sm80::attention_variants();
-  return *std::find_if(all.begin(), all.end(),
-                       [&](const AttentionVariant& variant) { return variant.key == key; });
-}
-
 std::int64_t num_kv_blocks(const AttentionShape& shape) {
   return (std::int64_t{shape.kv_len} + shape.kv_block_size - 1) / shape.kv_block_size;
 }
 
-template <class T>
-constexpr Dtype kDtype = std::is_same_v<T, ptx::BFloat16> ? Dtype::kBFloat16 : Dtype::kFloat16;
-
 template <class T, int kHeadDim, int kBlockSize>
 struct Variant {
-  static constexpr VariantKey kKey = {90, kDtype<T>, kHeadDim, kBlockSize};
+  static const AttentionVariant& of_sm80() {
+    return *find_variant(sm80::attention_variants(), {80, kDtype<T>, kHeadDim, kBlockSize});
+  }
 
   // What registers and shared memory hold: two consumers of one CTA, which share keys, or of two
   // that have a tile of 64 rows each.
@@ -54,7 +46,7 @@ struct Variant {
   using ForwardOfTwo = ForwardConfig<T, kHeadDim, kBlockSize, 64, 5, OfTwo>;
 
   static Status forward(const AttentionForwardParams& params, const LaunchContext& context) {
-    if (!is_regular(params.in)) return of_sm80(kKey).forward(params, context);
+    if (!is_regular(params.in)) return of_sm80().forward(params, context);
     try {
       if constexpr (kSharesKeys) {
         if (has_rows_for_two(params.in)) return forward_of<ForwardOfTwo>(params, context);
@@ -87,7 +79,7 @@ struct Variant {
 
   static Status backward(const AttentionBackwardParams& params, const LaunchContext& context) {
     const AttentionInputs& in = params.in;
-    if (!is_regular(in)) return of_sm80(kKey).backward(params, context);
+    if (!is_regular(in)) return of_sm80().backward(params, context);
     const auto arguments_of = [&](const SliceBox& rows, int keys) -> AttentionBackwardArguments {
       return {.params = params,
               .query = map_of_rows<T, kHeadDim>(in.query, in.shape, rows),
@@ -125,32 +117,10 @@ struct Variant {
   }
 };
 
-template <class T, int kHeadDim, int... kBlockSizes>
-void add(std::vector<AttentionVariant>& to) {
-  const auto add_one = [&]<int kBlockSize>() {
-    using V = Variant<T, kHeadDim, kBlockSize>;
-    to.push_back({V::kKey, V::forward, V::backward});
-  };
-  (add_one.template operator()<kBlockSizes>(), ...);
-}
-
-template <class T>
-void add_dtype(std::vector<AttentionVariant>& to) {
-  add<T, 64, 16, 32, 64, 128>(to);
-  add<T, 96, 16, 32, 64, 128>(to);
-  add<T, 128, 16, 32, 64, 128>(to);
-  add<T, 256, 16, 32, 64, 128>(to);
-}
-
 }  // namespace
 
 std::span<const AttentionVariant> attention_variants() {
-  static const std::vector<AttentionVariant> all = [] {
-    std::vector<AttentionVariant> made;
-    add_dtype<ptx::BFloat16>(made);
-    add_dtype<ptx::Float16>(made);
-    return made;
-  }();
+  static const auto all = list_attention<90, Variant>();
   return all;
 }
 
