@@ -7,7 +7,7 @@ import textwrap
 import pytest
 
 from tools.mutants import report, rules
-from tools.mutants.build import CSRC, VARIANTS, mutated_sources, with_few_variants
+from tools.mutants.build import CSRC, LISTS, VARIANTS, mutated_sources, with_few_variants
 
 SOURCE = """
     // if (a < b) return;
@@ -175,12 +175,13 @@ def test_sources_of_the_kernels_have_mutants_in_every_function():
         assert found and found.issuperset(kernels), path
 
 
-@pytest.mark.parametrize("path", sorted(CSRC.glob("sm*/launchers.cu")), ids=lambda path: path.parent.name)
-def test_few_variants_are_left_in_the_launchers(path):
-    text = with_few_variants(path.read_text())
-    calls = re.findall(r"\badd<T, (\d+), ([\d, ]+)>\(", text)
+def test_few_variants_are_left():
+    text = with_few_variants((CSRC / LISTS).read_text())
+    calls = re.findall(r"add_attention<kArch, Variant, T, (\d+), ([\d, ]+)>\(", text)
     assert {int(head_dim): tuple(map(int, sizes.split(", "))) for head_dim, sizes in calls} == VARIANTS
-    assert re.findall(r"add_dtype<(.*)>\(", text) == ["ptx::BFloat16"]
+    (head_dims,) = re.findall(r"add_selection<kArch, Variant, T, ([\d, ]+)>\(", text)
+    assert tuple(map(int, head_dims.split(", "))) == tuple(VARIANTS)
+    assert re.findall(r"operator\(\)<(.*)>\(", text) == ["ptx::BFloat16"]
 
 
 # --- the report ---

@@ -12,32 +12,35 @@ namespace sparse_attn {
 template <class T>
 constexpr Dtype kDtype = std::is_same_v<T, ptx::BFloat16> ? Dtype::kBFloat16 : Dtype::kFloat16;
 
-// Calls `add` with each dtype and head_dim as template arguments.
+template <int kArch, template <class, int, int> class Variant, class T, int kHeadDim,
+          int... kBlockSizes>
+void add_attention(std::vector<AttentionVariant>& to) {
+  (to.push_back({{kArch, kDtype<T>, kHeadDim, kBlockSizes},
+                 Variant<T, kHeadDim, kBlockSizes>::forward,
+                 Variant<T, kHeadDim, kBlockSizes>::backward}),
+   ...);
+}
+
+template <int kArch, template <class, int> class Variant, class T, int... kHeadDims>
+void add_selection(std::vector<SelectionVariant>& to) {
+  (to.push_back({{kArch, kDtype<T>, kHeadDims}, Variant<T, kHeadDims>::run}), ...);
+}
+
 template <class Add>
-void for_each_row_type(Add add) {
-  const auto add_dtype = [&]<class T>() {
-    add.template operator()<T, 64>();
-    add.template operator()<T, 96>();
-    add.template operator()<T, 128>();
-    add.template operator()<T, 256>();
-  };
-  add_dtype.template operator()<ptx::BFloat16>();
-  add_dtype.template operator()<ptx::Float16>();
+void for_each_dtype(Add add) {
+  add.template operator()<ptx::BFloat16>();
+  add.template operator()<ptx::Float16>();
 }
 
 // A `Variant<T, kHeadDim, kBlockSize>` has static functions `forward` and `backward`.
 template <int kArch, template <class, int, int> class Variant>
 std::vector<AttentionVariant> list_attention() {
   std::vector<AttentionVariant> all;
-  for_each_row_type([&]<class T, int kHeadDim>() {
-    const auto add = [&]<int kBlockSize>() {
-      using V = Variant<T, kHeadDim, kBlockSize>;
-      all.push_back({{kArch, kDtype<T>, kHeadDim, kBlockSize}, V::forward, V::backward});
-    };
-    add.template operator()<16>();
-    add.template operator()<32>();
-    add.template operator()<64>();
-    add.template operator()<128>();
+  for_each_dtype([&]<class T>() {
+    add_attention<kArch, Variant, T, 64, 16, 32, 64, 128>(all);
+    add_attention<kArch, Variant, T, 96, 16, 32, 64, 128>(all);
+    add_attention<kArch, Variant, T, 128, 16, 32, 64, 128>(all);
+    add_attention<kArch, Variant, T, 256, 16, 32, 64, 128>(all);
   });
   return all;
 }
@@ -46,9 +49,7 @@ std::vector<AttentionVariant> list_attention() {
 template <int kArch, template <class, int> class Variant>
 std::vector<SelectionVariant> list_selection() {
   std::vector<SelectionVariant> all;
-  for_each_row_type([&]<class T, int kHeadDim>() {
-    all.push_back({{kArch, kDtype<T>, kHeadDim}, Variant<T, kHeadDim>::run});
-  });
+  for_each_dtype([&]<class T>() { add_selection<kArch, Variant, T, 64, 96, 128, 256>(all); });
   return all;
 }
 

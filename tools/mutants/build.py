@@ -20,30 +20,28 @@ FLAGS = ("-std=c++20", "-fPIC", "-w", "-fno-gnu-unique", "-x", "c++")
 # By head_dim the KV block sizes: every path through the kernels, no more. Blocks of 128 have the SM80 kernels of 64.
 VARIANTS = {64: (16, 64, 128), 256: (64,)}
 DTYPE = "bfloat16"
+# Where the variants are listed.
+LISTS = "common/variants.cuh"
 
 
 def mutated_sources() -> list[Path]:
     """The files whose mutants are tested: device code, without the functions that are one instruction each."""
-    return [path for path in sorted(CSRC.glob("*/*.cuh")) if path.name not in ("ptx.cuh", "launch.cuh")]
-
-
-def kernel_sources() -> list[Path]:
-    """The files that start kernels: what reaches a mutant is what includes its source."""
-    return [path for path in host_sim.sources() if path.suffix == ".cu"]
+    return [path for path in sorted(CSRC.glob("*/*.cuh")) if path.name not in ("ptx.cuh", "launch.cuh", "variants.cuh")]
 
 
 def with_few_variants(source: str) -> str:
-    """The text of a source that starts kernels, with `VARIANTS` only."""
+    """The text of the lists of variants, with `VARIANTS` only."""
 
     def few(match):
-        sizes = [size for size in VARIANTS.get(int(match[1]), ()) if str(size) in match[2].split(", ")]
-        return f"add<T, {match[1]}, {', '.join(map(str, sizes))}>(to);" if sizes else ""
+        sizes = VARIANTS.get(int(match[1]), ())
+        return f"add_attention<kArch, Variant, T, {match[1]}, {', '.join(map(str, sizes))}>(all);" if sizes else ""
 
-    text = re.sub(r"\badd<T, (\d+), ([\d, ]+)>\(to\);", few, source)
-    text = text.replace("add_dtype<ptx::Float16>(made);", "")
-    entry = re.compile(r"\{\{\d+, Dtype::k(\w+), (\d+)\}, .*\},\n")
-    keep = lambda match: match[0] if match[1].lower() == DTYPE and int(match[2]) in VARIANTS else ""
-    return entry.sub(keep, text)
+    text = re.sub(r"add_attention<kArch, Variant, T, (\d+), ([\d, ]+)>\(all\);", few, source)
+    head_dims = ", ".join(map(str, VARIANTS))
+    text = re.sub(
+        r"add_selection<kArch, Variant, T, [\d, ]+>\(all\);", f"add_selection<kArch, Variant, T, {head_dims}>(all);", text
+    )
+    return text.replace("add.template operator()<ptx::Float16>();", "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +53,9 @@ class Objects:
     def compile_all(self) -> Path:
         """Compiles everything; returns the unchanged library."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for source in kernel_sources():
-            copy = self.copy_of(source)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_text(with_few_variants(source.read_text()))
+        few = self.folder / "few" / LISTS
+        few.parent.mkdir(parents=True, exist_ok=True)
+        few.write_text(with_few_variants((CSRC / LISTS).read_text()))
         (self.folder / "switch.cc").write_text(f'extern "C" int {SWITCH};\nint {SWITCH} = 0;\n')
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             for error in pool.map(lambda source: self.compile(source, self.object_of(source), self.folder), self.sources()):
@@ -98,17 +95,14 @@ class Objects:
     def sources(self) -> list[Path]:
         return [*host_sim.sources(), self.folder / "switch.cc"]
 
-    def copy_of(self, source: Path) -> Path:
-        return self.folder / "few" / source.relative_to(CSRC)
-
     def object_of(self, source: Path) -> Path:
         return self.folder / f"{source.parent.name}_{source.stem}.o"
 
     def compile(self, source: Path, to: Path, overlay: Path) -> str:
         """Files in `overlay` stand for those of csrc. Returns the compiler's errors."""
-        file = self.copy_of(source) if source.suffix == ".cu" else source
-        command = [host_sim.COMPILER, *FLAGS, "-O2", "-MMD", f"-I{overlay}", f"-I{CSRC}", "-isystem", jax.ffi.include_dir()]
-        done = subprocess.run([*map(str, command), "-c", str(file), "-o", str(to)], capture_output=True, text=True)
+        folders = [f"-I{folder}" for folder in (overlay, self.folder / "few", CSRC)]
+        command = [host_sim.COMPILER, *FLAGS, "-O2", "-MMD", *folders, "-isystem", jax.ffi.include_dir()]
+        done = subprocess.run([*map(str, command), "-c", str(source), "-o", str(to)], capture_output=True, text=True)
         return done.stderr if done.returncode else ""
 
     def link(self, replaced: dict[Path, Path], to: Path) -> Path:
