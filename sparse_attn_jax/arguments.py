@@ -1,4 +1,4 @@
-"""The arguments that every custom call of an attention kernel takes (`csrc/ffi`)."""
+"""The arguments that every call of attention kernels takes."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from sparse_attn_jax.problem import Operands, Problem, TokenMask
 AXES = dict(
     query="bshd",
     key="Ktkd",
-    value="Ktkd",
+    value="Ktkf",
     key_bias="Kkt",
     blocks="Ppnc",
     counts="Ppn",

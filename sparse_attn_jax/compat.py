@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax._src import config as jax_config
 
 
 def vary_like(x: jax.Array, like) -> jax.Array:
@@ -32,3 +33,12 @@ def to_bits(x: jax.Array) -> jax.Array:
 def from_bits(x: jax.Array, dtype) -> jax.Array:
     """The inverse of `to_bits`, for an x whose dtype was `dtype` if it was a 16-bit float."""
     return jax.lax.bitcast_convert_type(x, dtype) if x.dtype == jnp.uint16 else x
+
+
+# Pallas kernels of Mosaic GPU need what JAX 0.11 brought.
+HAS_MOSAIC_GPU = jax.__version_info__ >= (0, 11)
+
+
+def interprets_kernels() -> bool:
+    """Whether Pallas kernels run in JAX's interpreter of GPUs: inside `plgpu.force_gpu_interpret_mode`."""
+    return jax_config.pallas_tpu_interpret_mode_context_manager.value is not None

@@ -1,4 +1,4 @@
-"""Custom calls that fold a mapped axis into the batch, and that XLA may partition by batch and heads.
+"""Calls of kernels that fold a mapped axis into the batch, and that XLA may partition by batch and heads.
 
 An entry point says of each argument and result which axes it has, by letters:
 
@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,9 +40,13 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class EntryPoint:
-    """A custom call's name, and the axes of its arguments and results. The first argument is never off."""
+    """What runs a call on one device, and the axes of its arguments and results. The first argument is never off.
 
-    target: str
+    `run(arrays, outputs, attributes)` gets the arguments, the shapes and dtypes of the results, and the attributes; it returns
+    the results.
+    """
+
+    run: Callable[[Sequence[jax.Array], Sequence[jax.ShapeDtypeStruct], Mapping[str, Any]], Sequence[jax.Array]]
     arguments: tuple[str, ...]
     results: tuple[Result, ...]
 
@@ -51,6 +55,7 @@ class EntryPoint:
         *arguments: jax.Array | None,
         sizes: Mapping[str, int] | None = None,
         without: Sequence[str] = (),
+        may_partition: bool = True,
         **attributes: Any,
     ) -> tuple[jax.Array, ...]:
         """Runs it.
@@ -58,14 +63,15 @@ class EntryPoint:
         Args:
           *arguments: one per name in `arguments`; `None` is an option that is off.
           sizes: lengths of the axes that only results have.
+          may_partition: XLA may split the call between devices. What has side effects it cannot.
           without: names of results that are not wanted, which become arrays without elements.
-          **attributes: NumPy scalars, typed as the handler expects them.
+          **attributes: hashable values for `run`.
 
         Returns:
           A tuple of arrays, as `results` says.
         """
         sizes = tuple(sorted((sizes or {}).items()))
-        call = _layers(self, sizes, tuple(without), tuple(sorted(attributes.items())))
+        call = _layers(self, sizes, tuple(without), may_partition, tuple(sorted(attributes.items())))
         arrays = [jnp.zeros((0,), jnp.int32) if x is None else x for x in arguments]
         return call(*(compat.vary_like(x, arrays) for x in arrays))
 
@@ -82,7 +88,7 @@ def is_off(shape: tuple[int, ...]) -> bool:
 
 
 @functools.cache
-def _layers(entry, sizes, without, attributes):
+def _layers(entry, sizes, without, may_partition, attributes):
     """The call under its partitioning rule, under its batching rule."""
 
     def call(*arrays):
@@ -90,7 +96,7 @@ def _layers(entry, sizes, without, attributes):
         shapes = [(0,) if r.name in without else tuple(found[axis] for axis in r.axes) for r in entry.results]
         dtypes = [result.dtype or arrays[0].dtype for result in entry.results]
         outputs = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
-        results = jax.ffi.ffi_call(entry.target, outputs)(*arrays, **dict(attributes))
+        results = entry.run(arrays, outputs, dict(attributes))
         return tuple(compat.vary_like(x, arrays[0]) for x in results)
 
     partitioned = custom_partitioning(call)
@@ -102,7 +108,7 @@ def _layers(entry, sizes, without, attributes):
     @custom_vmap
     def mapped(*arrays):
         # Inside `shard_map` arrays are parts already, and `custom_partitioning` does not take them.
-        return call(*arrays) if compat.varying_axes(arrays[0]) else partitioned(*arrays)
+        return partitioned(*arrays) if may_partition and not compat.varying_axes(arrays[0]) else call(*arrays)
 
     @mapped.def_vmap
     def rule(axis_size, is_mapped, *arrays):

@@ -14,9 +14,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import sparse_attn_jax as sa
+from sparse_attn_jax import splitting
 from sparse_attn_jax.implementations import cuda
 from sparse_attn_jax.implementations.cuda import attention_backward, attention_forward, library
-from sparse_attn_jax.implementations.cuda.attention_backward import Parts
+from sparse_attn_jax.splitting import Parts
 from sparse_attn_jax.testing import compare
 from sparse_attn_jax.testing.cases import CASES, Case, case_named
 from sparse_attn_jax.testing.inputs import Inputs, make_inputs
@@ -368,8 +369,8 @@ def test_lists_of_blocks_beyond_the_window(head_dim):
 
 def split(monkeypatch, entries: int) -> None:
     """Lists of the inverse are split that are longer than so many entries."""
-    monkeypatch.setattr(attention_backward, "MIN_ENTRIES_PER_PART", entries)
-    monkeypatch.setattr(attention_backward, "LONG_LIST", 0)
+    monkeypatch.setattr(splitting, "MIN_ENTRIES_PER_PART", entries)
+    monkeypatch.setattr(splitting, "LONG_LIST", 0)
 
 
 def change_parts(monkeypatch, change: Callable[[Parts], Parts]) -> None:

@@ -13,8 +13,9 @@ import numpy as np
 import test_cuda_on_cpu as attention
 import test_varlen as varlen
 
+from sparse_attn_jax import splitting
 from sparse_attn_jax.implementations.cuda import attention_backward, library
-from sparse_attn_jax.implementations.cuda.attention_backward import Parts
+from sparse_attn_jax.splitting import Parts
 from sparse_attn_jax.testing import compare
 from sparse_attn_jax.testing.cases import CASES, Case, case_named
 from sparse_attn_jax.testing.inputs import Inputs, make_inputs
@@ -136,9 +137,9 @@ def skipped_check(make: Callable[..., Inputs], *sizes: int) -> Check:
 @contextlib.contextmanager
 def split(entries: int, change: Callable[[Parts], Parts] = lambda parts: parts):
     """While a call is traced: lists longer than `entries` have several parts, which `change` then changes."""
-    split_lists = attention_backward.split_lists
-    changed = dict(MIN_ENTRIES_PER_PART=entries, LONG_LIST=0, split_lists=lambda plan: change(split_lists(plan)))
-    with mock.patch.multiple(attention_backward, **changed):
+    split_lists = splitting.split_lists
+    lengths = mock.patch.multiple(splitting, MIN_ENTRIES_PER_PART=entries, LONG_LIST=0)
+    with lengths, mock.patch.object(attention_backward, "split_lists", lambda plan: change(split_lists(plan))):
         yield
 
 

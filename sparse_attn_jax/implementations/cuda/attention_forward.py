@@ -2,14 +2,14 @@
 
 import jax
 
+from sparse_attn_jax.entry_point import EntryPoint, Result
 from sparse_attn_jax.implementations.cuda import library
-from sparse_attn_jax.implementations.cuda.arguments import AXES, attention_arguments, attention_attributes
-from sparse_attn_jax.implementations.cuda.custom_call import EntryPoint, Result
+from sparse_attn_jax.arguments import AXES, attention_arguments, attention_attributes
 from sparse_attn_jax.planning import TilePlan
 from sparse_attn_jax.problem import Operands, Problem, TokenMask
 
 FORWARD = EntryPoint(
-    library.ATTENTION_FORWARD,
+    library.custom_call(library.ATTENTION_FORWARD),
     tuple(AXES.values()),
     (Result("out", "bshd"), Result("lse", "bsh", "float32"), Result("num_taken", "bk", "int32")),
 )

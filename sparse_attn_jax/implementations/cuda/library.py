@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,11 @@ def is_for(variant: Variant, problem: Problem | ScoringProblem) -> bool:
 def arch_for(problem: Problem | ScoringProblem) -> int:
     """Whose kernels run the problem, which must be supported: 80 or 90."""
     return next(variant.arch for variant in variants_for(problem) if is_for(variant, problem))
+
+
+def custom_call(target: str) -> Callable[..., tuple[jax.Array, ...]]:
+    """What an `EntryPoint` runs: a custom call, whose attributes are NumPy scalars, typed as its handler expects them."""
+    return lambda arrays, outputs, attributes: jax.ffi.ffi_call(target, outputs)(*arrays, **attributes)
 
 
 def call_attributes(problem: Problem | ScoringProblem) -> dict[str, Any]:

@@ -7,19 +7,19 @@ import jax
 import numpy as np
 
 from sparse_attn_jax import planning
+from sparse_attn_jax.entry_point import EntryPoint, Result
 from sparse_attn_jax.implementations.cuda import library
-from sparse_attn_jax.implementations.cuda.custom_call import EntryPoint, Result
 from sparse_attn_jax.planning import TilePlan
 from sparse_attn_jax.selection import BlockSelection, num_blocks
 
 # The lists of one KV head are of all its query heads, or of each.
 UNIONS = EntryPoint(
-    library.PLAN_UNIONS,
+    library.custom_call(library.PLAN_UNIONS),
     ("bkgrs",),
     (Result("blocks", "bknc"), Result("counts", "bkn"), Result("membership", "bkncw", "uint32")),
 )
 INVERSE = EntryPoint(
-    library.PLAN_INVERSE,
+    library.custom_call(library.PLAN_INVERSE),
     ("bknc",),
     (Result("offsets", "bko"), Result("tiles", "bke"), Result("slots", "bke"), Result("cursors", "bkmv")),
 )

@@ -3,13 +3,13 @@
 import jax
 import numpy as np
 
+from sparse_attn_jax.entry_point import EntryPoint, Result
 from sparse_attn_jax.implementations.cuda import library
-from sparse_attn_jax.implementations.cuda.custom_call import EntryPoint, Result
 from sparse_attn_jax.scoring_problem import ScoringProblem
 
 ARGUMENTS = ("bshd", "Uukd", "Uckd", "Qs")  # query, compressed, coarse, positions
-SELECT = EntryPoint(library.SELECT_BLOCKS, ARGUMENTS, (Result("indices", "bksn", "int32"),))
-SELECT_PER_QUERY_HEAD = EntryPoint(library.SELECT_BLOCKS, ARGUMENTS, (Result("indices", "bhsn", "int32"),))
+SELECT = EntryPoint(library.custom_call(library.SELECT_BLOCKS), ARGUMENTS, (Result("indices", "bksn", "int32"),))
+SELECT_PER_QUERY_HEAD = EntryPoint(library.custom_call(library.SELECT_BLOCKS), ARGUMENTS, (Result("indices", "bhsn", "int32"),))
 
 
 def select_from_units(
