@@ -5,13 +5,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from sparse_attn_jax.arguments import AXES, attention_arguments, attention_attributes
 from sparse_attn_jax.entry_point import EntryPoint, Result
 from sparse_attn_jax.implementations.cuda import library
-from sparse_attn_jax.arguments import AXES, attention_arguments, attention_attributes
 from sparse_attn_jax.implementations.cuda.planning import add_inverse
-from sparse_attn_jax.splitting import split_lists
 from sparse_attn_jax.planning import TilePlan
 from sparse_attn_jax.problem import Operands, Problem, TokenMask
+from sparse_attn_jax.splitting import split_lists
 
 BACKWARD = EntryPoint(
     library.custom_call(library.ATTENTION_BACKWARD),

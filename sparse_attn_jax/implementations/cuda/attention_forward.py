@@ -2,9 +2,9 @@
 
 import jax
 
+from sparse_attn_jax.arguments import AXES, attention_arguments, attention_attributes
 from sparse_attn_jax.entry_point import EntryPoint, Result
 from sparse_attn_jax.implementations.cuda import library
-from sparse_attn_jax.arguments import AXES, attention_arguments, attention_attributes
 from sparse_attn_jax.planning import TilePlan
 from sparse_attn_jax.problem import Operands, Problem, TokenMask
 
