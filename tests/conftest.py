@@ -3,6 +3,7 @@
 import ctypes
 import os
 import shutil
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
@@ -39,6 +40,26 @@ def cuda_on_cpu(request, monkeypatch) -> None:
         return
     request.getfixturevalue("simulator")
     monkeypatch.setenv("SPARSE_ATTN_HOST_SIM", SIMULATOR)
+
+
+@pytest.fixture
+def mosaic_on_cpu() -> Iterator[None]:
+    """`implementation="mosaic"` runs in JAX's interpreter of GPUs, which finds races; or on a GPU, where there is one."""
+    import jax
+
+    from sparse_attn_jax import compat
+
+    if not compat.HAS_MOSAIC_GPU:
+        pytest.skip("needs JAX 0.11 or newer")
+    if jax.default_backend() == "gpu":
+        yield
+        return
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        yield
+    interpret_pallas_call.reset_gpu_interpret_mode_state()  # as after an exception it has to be
 
 
 # The fields of `Counters` in csrc/host_sim/simulator.h, in their order.

@@ -1,19 +1,60 @@
-"""The Pallas Mosaic GPU implementation. Its kernels are not part of this version: it answers every problem with that reason."""
+"""The Pallas implementation: kernels of Mosaic GPU for Hopper. They have never run on a GPU.
 
+On a CPU they run in JAX's interpreter, inside `plgpu.force_gpu_interpret_mode`, for tests.
+"""
+
+from sparse_attn_jax import compat, planning
+from sparse_attn_jax.planning import TilePlan, default_tile_size
 from sparse_attn_jax.problem import Problem
 from sparse_attn_jax.scoring_problem import ScoringProblem
+from sparse_attn_jax.selection import BlockSelection
 
-NO_KERNELS = "this version of sparse_attn_jax has no Pallas Mosaic GPU kernels"
+if compat.HAS_MOSAIC_GPU:
+    from sparse_attn_jax.implementations.mosaic.attention_backward import backward as backward
+    from sparse_attn_jax.implementations.mosaic.attention_forward import forward as forward
+
+COMPUTE_CAPABILITY = "9.0"
+DTYPES = ("bfloat16", "float16")
+KV_BLOCK_SIZES = (16, 32, 64, 128)
+MAX_HEAD_DIM = 256
+# Rows of a query tile: two warpgroups have 64 each.
+TILE_ROWS = 128
+
+
+def build_plan(problem: Problem, selection: BlockSelection) -> TilePlan:
+    """The plan for which the kernels are made, without its inverse. They take any other as well."""
+    group_size = problem.group_size
+    tokens = max(1, TILE_ROWS // group_size)
+    tile_size = default_tile_size(problem.q_block_size, group_size, problem.q_len, TILE_ROWS, tokens)
+    sizes = dict(q_len=problem.q_len, kv_len=problem.kv_len)
+    heads = dict(num_q_heads=problem.num_q_heads, num_kv_heads=problem.num_kv_heads)
+    return planning.build_plan(selection, **sizes, **heads, tile_size=tile_size, with_inverse=False)
 
 
 def supports(problem: Problem) -> tuple[str, ...]:
     """Reasons against running `problem`, forward and backward."""
-    if problem.platform == "gpu":
-        return (NO_KERNELS,)
-    return NO_KERNELS, f"platform is {problem.platform!r}; supported: 'gpu'"
+    reasons = []
+    if not compat.HAS_MOSAIC_GPU:
+        reasons.append("this version of JAX has no Pallas Mosaic GPU that the kernels can use; supported: 0.11 and newer")
+    elif problem.platform != "gpu" and not (problem.platform == "cpu" and compat.interprets_kernels()):
+        reasons.append(f"platform is {problem.platform!r}; supported: 'gpu', and 'cpu' inside force_gpu_interpret_mode")
+    elif problem.platform == "gpu" and problem.compute_capability != COMPUTE_CAPABILITY:
+        reasons.append(f"compute capability is {problem.compute_capability}; supported: {COMPUTE_CAPABILITY}")
+    if problem.dtype not in DTYPES:
+        reasons.append(f"dtype is {problem.dtype}; supported: {', '.join(DTYPES)}")
+    if problem.kv_block_size not in KV_BLOCK_SIZES:
+        reasons.append(f"kv_block_size is {problem.kv_block_size}; supported: {', '.join(map(str, KV_BLOCK_SIZES))}")
+    for name in ("head_dim", "value_head_dim"):
+        if getattr(problem, name) > MAX_HEAD_DIM:
+            reasons.append(f"{name} is {getattr(problem, name)}; supported: at most {MAX_HEAD_DIM}")
+    if problem.predicate is not None:
+        reasons.append(f"the selection has a predicate, {problem.predicate}; supported: none")
+    if 0 in (problem.batch, problem.q_len, problem.kv_len, problem.num_slots):
+        reasons.append("the call is empty: batch, q_len, kv_len or num_slots is 0; supported: at least 1")
+    return tuple(reasons)
 
 
 def supports_scoring(problem: ScoringProblem) -> tuple[str, ...]:
     """Reasons against scoring and selecting blocks for `problem`."""
     del problem
-    return (NO_KERNELS,)
+    return ("this version of sparse_attn_jax has no Pallas kernel of block selection",)

@@ -1,0 +1,456 @@
+"""Block-sparse flash attention, backward, as Pallas kernels for Hopper.
+
+The gradient of the queries walks the list of each query tile, as the forward does. That of keys and values walks, for each KV
+block, the tiles that chose it. Each is written by one thread block: there are no atomics, and the results are deterministic.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from sparse_attn_jax.arguments import AXES, attention_arguments
+from sparse_attn_jax.entry_point import EntryPoint, Result
+from sparse_attn_jax.implementations.mosaic import layout, prepare, ring, steps
+from sparse_attn_jax.implementations.mosaic.geometry import CHUNK_KEYS, SLICE_ROWS, Geometry
+from sparse_attn_jax.planning import TilePlan, add_inverse
+from sparse_attn_jax.problem import Operands, Problem, TokenMask
+from sparse_attn_jax.splitting import split_lists
+
+# What a thread block reads of each slice of query rows.
+OF_SLICE = ("query", "d_out", "rows", "stats")
+# Warpgroups that multiply in the kernel of keys and values.
+KEY_WARPGROUPS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class QueryGradientConfig:
+    """How the kernel of the queries' gradient is run; see `ForwardConfig`."""
+
+    warpgroups: int
+    stages: int
+    interpreted: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyGradientConfig:
+    """How the kernel of the gradients of keys and values is run.
+
+    Attributes:
+      keys: of a thread block.
+      stages: slices of query rows that shared memory holds; a multiple of the warpgroups, which have every second each.
+      interpreted: the kernel is not compiled, but simulated on a CPU.
+    """
+
+    keys: int
+    stages: int
+    interpreted: bool = False
+
+
+def choose_query_config(g: Geometry, interpreted: bool = False) -> QueryGradientConfig:
+    config = lambda stages: QueryGradientConfig(g.slices_per_tile % 2 or 2, stages, interpreted)
+    return steps.largest(config, range(1, 4), lambda config: _query_memory(g, config))
+
+
+def choose_key_config(g: Geometry, interpreted: bool = False) -> KeyGradientConfig:
+    # The sums of head_dim x keys are held in registers.
+    keys = min(g.kv_block_size, 64 if max(g.key_columns, g.value_columns) <= 128 else 32)
+    config = lambda stages: KeyGradientConfig(keys, stages, interpreted)
+    return steps.largest(
+        config, range(KEY_WARPGROUPS, 2 * KEY_WARPGROUPS + 1, KEY_WARPGROUPS), lambda config: _key_memory(g, config)
+    )
+
+
+def _run(arrays, outputs, attributes):
+    """One device's part of a call."""
+    del outputs
+    *arrays, d_out, lse, delta, offsets, tiles, slots, first_parts, first_partials = arrays
+    g, inputs = prepare.kernel_inputs(arrays, attributes)
+    interpreted, num_partials = attributes["interpreted"], attributes["num_partials"]
+    inputs |= prepare.gradient_inputs(g, d_out, lse, delta)
+    d_query = differentiate_queries(g, choose_query_config(g, interpreted), inputs)
+    inputs |= prepare.inverse_inputs(g, offsets, tiles, slots, first_parts, first_partials, num_partials)
+    whole, partial = differentiate_keys(g, choose_key_config(g, interpreted), inputs, num_partials)
+    if num_partials:
+        summed = {name: sum_partials(g, x, inputs["ranges"]) for name, x in partial.items()}
+        whole = {name: prepare.choose_summed(g, inputs["ranges"], summed[name], x) for name, x in whole.items()}
+    d_key, d_value = (prepare.keys_of_chunks(g, whole[name]) for name in ("key", "value"))
+    d_bias = (
+        whole["bias"].reshape(*whole["bias"].shape[:2], -1)[..., : g.kv_len] if g.has_key_bias else jnp.zeros((0,), jnp.float32)
+    )
+    return layout.from_slices(g, d_query)[..., : g.head_dim], d_key[..., : g.head_dim], d_value[..., : g.value_head_dim], d_bias
+
+
+BACKWARD = EntryPoint(
+    _run,
+    (
+        *AXES.values(),
+        *("bshf", "bsh", "bsh"),  # d_out, lse, delta
+        *("Ppo", "Ppe", "Ppe"),  # the inverse: offsets, tiles, slots
+        *("Ppo", "Ppa"),  # the parts of its lists: first_parts, first_partials
+    ),
+    (Result("d_query", "bshd"), Result("d_key", "btkd"), Result("d_value", "btkf"), Result("d_key_bias", "bkt", "float32")),
+)
+
+
+def backward(
+    problem: Problem,
+    operands: Operands,
+    plan: TilePlan,
+    mask: TokenMask,
+    out: jax.Array,
+    lse: jax.Array,
+    d_out: jax.Array,
+    d_lse: jax.Array,
+) -> Operands:
+    """Gradients of the operands, each in its operand's shape and dtype, from the results of `forward` and their cotangents."""
+    plan = add_inverse(plan)
+    parts = split_lists(plan)
+    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1) - d_lse
+    bias = operands.key_bias
+    d_query, d_key, d_value, d_bias = BACKWARD(
+        *attention_arguments(problem, operands, plan, mask),
+        d_out.astype(operands.query.dtype),
+        lse,
+        delta,
+        plan.inverse_offsets,
+        plan.inverse_tiles,
+        plan.inverse_slots,
+        parts.first,
+        parts.first_partial,
+        without=("d_key_bias",) if bias is None else (),
+        num_partials=parts.max_partials,
+        **prepare.call_attributes(problem, plan),
+    )
+    d_bias = None if bias is None else d_bias.astype(bias.dtype)
+    return dataclasses.replace(operands, query=d_query, key=d_key, value=d_value, key_bias=d_bias)
+
+
+def _gradient_of_logits(g, own, stats, key, value, bias, masked):
+    """Weights, gradients of logits, and those of scores before their scale: [64, keys] each, float32.
+
+    Args:
+      g: the call.
+      own: refs of the slice's query and d_out.
+      stats: the rows' lse in units of log 2, and delta.
+      key: ref.
+      value: ref.
+      bias: a vector, or `None`.
+      masked: sets matrices to 0 where a row does not see a key.
+    """
+    shape = (SLICE_ROWS, key.shape[0])
+    logits, slope = steps.logits_of(g, steps.product(own["query"], key.transpose((1, 0)), shape))
+    if bias is not None:
+        logits += steps.over_rows(bias)
+    lse, delta = (steps.over_columns(x, shape[1]) for x in stats)
+    weights = jnp.exp2(logits - lse)
+    d_weights = steps.product(own["d_out"], value.transpose((1, 0)), shape)
+    weights, d_logits = masked(weights, weights * (d_weights - delta))
+    return weights, d_logits, d_logits * slope
+
+
+# --- queries ---
+
+
+def differentiate_queries(g: Geometry, config: QueryGradientConfig, inputs: dict[str, jax.Array]) -> jax.Array:
+    """The gradient of the query rows: [batch, num_kv_heads, num_slices, 64, key_columns].
+
+    Args:
+      g: the call.
+      config: how to run it.
+      inputs: those of the forward, and those of `prepare.gradient_inputs`.
+    """
+    return plgpu.kernel(
+        lambda inputs, d_query, memory: _query_kernel(g, config, inputs, d_query, memory),
+        out_type=jax.ShapeDtypeStruct((g.batch, g.num_kv_heads, g.num_slices, SLICE_ROWS, g.key_columns), jnp.dtype(g.dtype)),
+        grid=(g.num_slices // config.warpgroups, g.num_kv_heads, g.batch),
+        grid_names=("item", "head", "batch"),
+        num_threads=config.warpgroups + 1,
+        thread_name="warpgroup",
+        scratch_types=dict(memory=_query_memory(g, config)),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(inputs)
+
+
+def _query_memory(g: Geometry, config: QueryGradientConfig) -> dict:
+    dtype = jnp.dtype(g.dtype)
+    return dict(
+        query=steps.smem((config.warpgroups, SLICE_ROWS, g.key_columns), dtype),
+        d_out=steps.smem((config.warpgroups, SLICE_ROWS, g.value_columns), dtype),
+        rows=plgpu.SMEM((config.warpgroups, len(g.row_names), SLICE_ROWS), jnp.int32),
+        stats=plgpu.SMEM((config.warpgroups, 2, SLICE_ROWS), jnp.float32),
+        d_scores=steps.smem((config.warpgroups, SLICE_ROWS, CHUNK_KEYS), dtype),
+        slice_ready=plgpu.Barrier(num_arrivals=len(OF_SLICE), num_barriers=config.warpgroups),
+        **ring.memory(g, config.stages, config.warpgroups),
+    )
+
+
+def _query_kernel(g, config, inputs, d_query, memory):
+    batch, head = lax.axis_index("batch"), lax.axis_index("head")
+    warpgroup = lax.axis_index("warpgroup")
+    item = g.num_slices // config.warpgroups - 1 - lax.axis_index("item")
+    tile = item // (g.slices_per_tile // config.warpgroups)
+    ids = steps.part_of(inputs["ids"], batch, head).at[tile]
+    words = steps.part_of(inputs["words"], batch, head).at[tile] if g.has_membership else None
+    spans = inputs["spans"].at[batch, head, tile]
+
+    @pl.when(warpgroup < config.warpgroups)
+    def compute():
+        steps.take_registers(config.warpgroups)
+        slice_index = item * config.warpgroups + warpgroup
+        own = {name: memory[name].at[warpgroup] for name in OF_SLICE}
+        ready, d_scores = memory["slice_ready"].at[warpgroup], memory["d_scores"].at[warpgroup]
+        for name in OF_SLICE:
+            plgpu.copy_gmem_to_smem(steps.part_of(inputs[name], batch, head).at[slice_index], own[name], ready)
+        plgpu.barrier_wait(ready)
+        rows = {name: steps.load_rows(own["rows"].at[i]) for i, name in enumerate(g.row_names)}
+        stats = [steps.load_rows(own["stats"].at[i]) for i in range(2)]
+
+        def add_chunk(is_full, step, total):
+            slot = lax.rem(step, jnp.int32(config.stages))
+            pieces = [] if is_full else steps.pieces_of(g, ids, words, spans[0], step)
+
+            def masked(*matrices):
+                if is_full:
+                    return matrices
+                columns = {name: steps.load_columns(memory["columns"].at[slot, i]) for i, name in enumerate(g.column_names)}
+                seen = steps.visible(g, rows, columns, pieces, g.piece_keys)
+                return tuple(jnp.where(seen, x, 0.0) for x in matrices)
+
+            plgpu.barrier_wait(memory["key_ready"].at[slot])
+            plgpu.barrier_wait(memory["value_ready"].at[slot])
+            key, value = memory["key"].at[slot], memory["value"].at[slot]
+            bias = steps.load_columns(memory["bias"].at[slot]) if g.has_key_bias or not is_full else None
+            *_, gradient = _gradient_of_logits(g, own, stats, key, value, bias, masked)
+            plgpu.barrier_arrive(memory["value_free"].at[slot])
+            d_scores[...] = gradient.astype(g.dtype)
+            plgpu.commit_smem()
+            total = steps.add_product(total, d_scores, key, interpreted=config.interpreted)
+            plgpu.barrier_arrive(memory["key_free"].at[slot])
+            return total
+
+        total = steps.over_chunks(g, spans, add_chunk, steps.full_matrix((SLICE_ROWS, g.key_columns), 0.0))
+        own["query"][...] = (total * g.scale).astype(g.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(own["query"], d_query.at[batch, head, slice_index])
+        plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(warpgroup == config.warpgroups)
+    def fetch():
+        steps.give_registers()
+        ring.fetch_chunks(g, config.stages, inputs, memory, batch, head, ids, spans)
+
+
+# --- keys and values ---
+
+
+def differentiate_keys(
+    g: Geometry, config: KeyGradientConfig, inputs: dict[str, jax.Array], num_partials: int
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Gradients of keys and values of the blocks whose lists have one part, and the sums of the parts of the others.
+
+    Args:
+      g: the call.
+      config: how to run it.
+      inputs: those of `differentiate_queries`, and those of `prepare.inverse_inputs`.
+      num_partials: how many sums there are.
+
+    Returns:
+      Two dictionaries with key and value [batch, num_kv_heads, chunks, columns, keys], the chunks those of all KV blocks and of
+      all sums; and with bias [batch, num_kv_heads, chunks, keys], float32, if there is one. The first is in the dtype of the
+      keys, the second float32. What belongs to the other of the two is not written.
+    """
+    chunks = g.kv_block_size // config.keys
+
+    def results(count, dtype):
+        shape = (g.batch, g.num_kv_heads, max(count, 1) * chunks)
+        found = dict(
+            key=jax.ShapeDtypeStruct((*shape, g.key_columns, config.keys), dtype),
+            value=jax.ShapeDtypeStruct((*shape, g.value_columns, config.keys), dtype),
+        )
+        return found | (dict(bias=jax.ShapeDtypeStruct((*shape, config.keys), jnp.float32)) if g.has_key_bias else {})
+
+    found = plgpu.kernel(
+        lambda inputs, outputs, memory: _key_kernel(g, config, inputs, outputs, memory),
+        out_type=dict(whole=results(g.num_kv_blocks, jnp.dtype(g.dtype)), partial=results(num_partials, jnp.float32)),
+        grid=(inputs["parts"].shape[2] * chunks, g.num_kv_heads, g.batch),
+        grid_names=("item", "head", "batch"),
+        num_threads=KEY_WARPGROUPS + 1,
+        thread_name="warpgroup",
+        scratch_types=dict(memory=_key_memory(g, config)),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(inputs)
+    return found["whole"], found["partial"]
+
+
+def _key_memory(g: Geometry, config: KeyGradientConfig) -> dict:
+    dtype = jnp.dtype(g.dtype)
+    swizzle = 2 * config.keys
+    memory = dict(
+        key=steps.smem((config.keys, g.key_columns), dtype, swizzle),
+        value=steps.smem((config.keys, g.value_columns), dtype, swizzle),
+        bias=plgpu.SMEM((config.keys,), jnp.float32),
+        query=steps.smem((config.stages, SLICE_ROWS, g.key_columns), dtype, swizzle),
+        d_out=steps.smem((config.stages, SLICE_ROWS, g.value_columns), dtype, swizzle),
+        rows=plgpu.SMEM((config.stages, len(g.row_names), SLICE_ROWS), jnp.int32),
+        stats=plgpu.SMEM((config.stages, 2, SLICE_ROWS), jnp.float32),
+        weights=steps.smem((KEY_WARPGROUPS, SLICE_ROWS, config.keys), dtype, swizzle),
+        sums=plgpu.SMEM((max(g.key_columns, g.value_columns), config.keys), jnp.float32),
+        keys_ready=plgpu.Barrier(num_arrivals=4 if g.column_names else 3),
+        slice_ready=plgpu.Barrier(num_arrivals=len(OF_SLICE), num_barriers=config.stages),
+        slice_free=plgpu.Barrier(num_barriers=config.stages),
+        sums_ready=plgpu.Barrier(),
+        sums_free=plgpu.Barrier(),
+    )
+    if g.has_key_bias:
+        memory["bias_sums"] = plgpu.SMEM((config.keys,), jnp.float32)
+    if g.column_names:
+        memory["columns"] = plgpu.SMEM((len(g.column_names), config.keys), jnp.int32)
+    return memory
+
+
+def _key_kernel(g, config, inputs, outputs, memory):
+    batch, head = lax.axis_index("batch"), lax.axis_index("head")
+    warpgroup = lax.axis_index("warpgroup")
+    chunks = g.kv_block_size // config.keys
+    chunk = lax.rem(lax.axis_index("item"), jnp.int32(chunks))
+    part = steps.part_of(inputs["parts"], batch, head).at[lax.axis_index("item") // chunks]
+    block, start, stop, place = (part[i] for i in range(4))
+    tiles, slots = (steps.part_of(inputs[name], batch, head) for name in ("tiles", "slots"))
+    first_key = block * g.kv_block_size + chunk * config.keys
+    num_slices = (stop - start) * g.slices_per_tile
+
+    @pl.when(warpgroup < KEY_WARPGROUPS)
+    def compute():
+        steps.take_registers(KEY_WARPGROUPS)
+        plgpu.barrier_wait(memory["keys_ready"])
+        bias = steps.load_columns(memory["bias"])
+        columns = {name: steps.load_columns(memory["columns"].at[i]) for i, name in enumerate(g.column_names)}
+        weights = memory["weights"].at[warpgroup]
+
+        def add_slice(i, sums):
+            index = i * KEY_WARPGROUPS + warpgroup
+            slot = lax.rem(index, jnp.int32(config.stages))
+            entry = start + index // g.slices_per_tile
+            words = []
+            if g.has_membership:
+                tile = jnp.minimum(tiles[entry], g.num_tiles - 1)
+                of_tile = steps.part_of(inputs["words"], batch, head).at[tile, slots[entry]]
+                words = [of_tile[i] for i in range(g.num_words)]
+            piece = steps.Piece(index >= 0, first_key, words)
+
+            plgpu.barrier_wait(memory["slice_ready"].at[slot])
+            own = {name: memory[name].at[slot] for name in OF_SLICE}
+            rows = {name: steps.load_rows(own["rows"].at[i]) for i, name in enumerate(g.row_names)}
+            stats = [steps.load_rows(own["stats"].at[i]) for i in range(2)]
+
+            def masked(*matrices):
+                seen = steps.visible(g, rows, columns, [piece], config.keys)
+                return tuple(jnp.where(seen, x, 0.0) for x in matrices)
+
+            found = _gradient_of_logits(g, own, stats, memory["key"], memory["value"], bias, masked)
+            probs, d_logits, d_scores = found
+            weights[...] = probs.astype(g.dtype)
+            plgpu.commit_smem()
+            d_out, query = (own[name].transpose((1, 0)) for name in ("d_out", "query"))
+            d_value = steps.add_product(sums["value"], d_out, weights, interpreted=config.interpreted)
+            weights[...] = d_scores.astype(g.dtype)
+            plgpu.commit_smem()
+            d_key = steps.add_product(sums["key"], query, weights, interpreted=config.interpreted)
+            plgpu.barrier_arrive(memory["slice_free"].at[slot])
+            d_bias = dict(bias=sums["bias"] + d_logits.sum(axis=0)) if g.has_key_bias else {}
+            return dict(key=d_key, value=d_value) | d_bias
+
+        sums = {name: steps.full_matrix((getattr(g, f"{name}_columns"), config.keys), 0.0) for name in ("key", "value")}
+        if g.has_key_bias:
+            sums["bias"] = plgpu.layout_cast(jnp.zeros((config.keys,), jnp.float32), steps.COLUMN)
+        own_slices = (num_slices - warpgroup + KEY_WARPGROUPS - 1) // KEY_WARPGROUPS
+        sums = lax.fori_loop(0, own_slices, add_slice, sums)
+        sums["key"] *= g.scale
+
+        for name in sums:
+
+            def write(total, name=name):
+                @pl.when(place == prepare.WHOLE)
+                def write_gradient():
+                    ref = outputs["whole"][name]
+                    plgpu.store(ref.at[batch, head, block * chunks + chunk], total.astype(ref.dtype), optimized=False)
+
+                @pl.when(place >= 0)
+                def write_partial():
+                    plgpu.store(outputs["partial"][name].at[batch, head, place * chunks + chunk], total, optimized=False)
+
+            _add_sums(memory, warpgroup, sums[name], write)
+
+    @pl.when(warpgroup == KEY_WARPGROUPS)
+    def fetch():
+        steps.give_registers()
+        keys = pl.ds(first_key, config.keys)
+        for name in ("key", "value", "bias"):
+            plgpu.copy_gmem_to_smem(steps.part_of(inputs[name], batch, head).at[keys], memory[name], memory["keys_ready"])
+        if g.column_names:
+            columns = steps.part_of(inputs["columns"], batch).at[:, keys]
+            plgpu.copy_gmem_to_smem(columns, memory["columns"], memory["keys_ready"])
+
+        @pl.loop(0, num_slices)
+        def fetch_slice(index):
+            slot = lax.rem(index, jnp.int32(config.stages))
+            tile = tiles[start + index // g.slices_per_tile]
+            slice_index = tile * g.slices_per_tile + lax.rem(index, jnp.int32(g.slices_per_tile))
+
+            ring.wait_for_room(memory["slice_free"].at[slot], index, config.stages)
+            for name in OF_SLICE:
+                source = steps.part_of(inputs[name], batch, head).at[slice_index]
+                plgpu.copy_gmem_to_smem(source, memory[name].at[slot], memory["slice_ready"].at[slot])
+
+
+def _add_sums(memory, warpgroup, own, then) -> None:
+    """The second warpgroup gives its sums to the first, which calls `then` with the total."""
+    shared = memory["sums"].at[pl.ds(0, own.shape[0])] if own.ndim == 2 else memory["bias_sums"]
+
+    @pl.when(warpgroup == 1)
+    def give():
+        shared[...] = own
+        plgpu.barrier_arrive(memory["sums_ready"])
+        plgpu.barrier_wait(memory["sums_free"])
+
+    @pl.when(warpgroup == 0)
+    def take():
+        plgpu.barrier_wait(memory["sums_ready"])
+        total = own + (steps.load_matrix(shared) if own.ndim == 2 else steps.load_columns(shared))
+        plgpu.barrier_arrive(memory["sums_free"])
+        then(total)
+
+
+def sum_partials(g: Geometry, partials: jax.Array, ranges: jax.Array) -> jax.Array:
+    """The sums of the parts of each KV block's list: [batch, num_kv_heads, chunks, ...], float32, the chunks of all blocks.
+
+    Args:
+      g: the call.
+      partials: [batch, num_kv_heads, chunks, columns, keys] or [batch, num_kv_heads, chunks, keys], float32, of all parts.
+      ranges: int32 [plan batch, plan heads, num_kv_blocks, 2], the first of a block's partials, and their number.
+    """
+    shape, keys = partials.shape[3:], partials.shape[-1]
+    chunks = g.kv_block_size // keys
+
+    def body(partials, ranges, total):
+        batch, head, item = (lax.axis_index(name) for name in ("batch", "head", "item"))
+        own = steps.part_of(ranges, batch, head).at[item // chunks]
+        first, count = own[0], own[1]
+        load = steps.load_matrix if len(shape) == 2 else steps.load_columns
+        place = lambda i: partials.at[batch, head, (first + i) * chunks + lax.rem(item, jnp.int32(chunks))]
+
+        @pl.when(count > 0)
+        def write():
+            found = lax.fori_loop(1, count, lambda i, total: total + load(place(i)), load(place(0)))
+            plgpu.store(total.at[batch, head, item], found, optimized=False)
+
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((g.batch, g.num_kv_heads, g.num_kv_blocks * chunks, *shape), jnp.float32),
+        grid=(g.num_kv_blocks * chunks, g.num_kv_heads, g.batch),
+        grid_names=("item", "head", "batch"),
+    )(partials, ranges)

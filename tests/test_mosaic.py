@@ -1,0 +1,280 @@
+"""The Pallas kernels in JAX's interpreter of GPUs, which finds races, against the oracle; and their lowering for a GPU."""
+
+import dataclasses
+import importlib
+import inspect
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from kernel_cases import (
+    FEW_BLOCKS,
+    FEW_ROWS_WITH_WINDOW,
+    assert_same,
+    make_plan,
+    small_case,
+    split,
+    with_bad_numbers,
+    with_blocks_that_do_not_exist,
+    with_hidden_keys,
+    with_keys_hidden_by_bias,
+)
+
+import sparse_attn_jax as sa
+from sparse_attn_jax import compat, entry_point, problem
+from sparse_attn_jax.implementations import mosaic
+from sparse_attn_jax.testing import compare
+from sparse_attn_jax.testing.inputs import Inputs
+
+needs_mosaic = pytest.mark.skipif(not compat.HAS_MOSAIC_GPU, reason="needs JAX 0.11 or newer")
+interpreted = pytest.mark.usefixtures("mosaic_on_cpu")
+MODULES = "sparse_attn_jax.implementations.mosaic"
+
+
+def attend_with(inputs: Inputs, selection=None) -> compare.Attend:
+    selection = inputs.selection if selection is None else selection
+
+    def attend(**operands):
+        options = dict(return_residual=True, implementation="mosaic")
+        return sa.block_sparse_attention(**operands, selection=selection, **options, **inputs.options)
+
+    return attend
+
+
+def results_of(inputs: Inputs, plan: sa.TilePlan | None = None) -> compare.Results:
+    return compare.results_of(attend_with(inputs, plan), inputs)
+
+
+# Those of the shared cases that have options, which are not in 16 bits there.
+OPTIONS = (
+    *("everything", "window_per_head", "window_left_none", "segments_q_kv", "hostile_ids", "duplicates", "odd_prefix_blocks"),
+    *("q_offset_per_row", "selection_batch1_heads1", "more_queries_than_keys", "all_rows_empty", "group3", "sink_columns"),
+)
+
+
+@interpreted
+@pytest.mark.parametrize("name", OPTIONS)
+def test_attention_matches_oracle(name):
+    inputs = small_case(name)
+    compare.assert_results_match(results_of(inputs), inputs)
+
+
+@interpreted
+@pytest.mark.parametrize(("tile_size", "kv_block_size"), [(3, 16), (64, 32), (96, 128)])
+def test_tiles_of_any_size(tile_size, kv_block_size):
+    """Slices with rows that do not exist; two and three slices; more than one word of membership."""
+    inputs = small_case("group2_bf16", kv_block_size=kv_block_size, q_len=100, kv_len=130)
+    compare.assert_results_match(results_of(inputs, make_plan(inputs, tile_size)), inputs)
+
+
+@interpreted
+@pytest.mark.parametrize(("head_dim", "kv_block_size"), [(64, 128), (128, 32), (256, 16), (256, 128)])
+def test_sizes_with_all_tables(head_dim, kv_block_size):
+    options = dict(has_key_bias=True, logits_soft_cap=2.0, num_segments=2, num_slots=2, local_window_size=(40, 3), num_sinks=2)
+    inputs = small_case("odd_prefix_blocks", head_dim=head_dim, kv_block_size=kv_block_size, **options)
+    compare.assert_results_match(results_of(inputs), inputs)
+
+
+@interpreted
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("operand", ["key", "value"])
+def test_bad_numbers_in_keys_that_no_query_sees(operand, value):
+    inputs = with_hidden_keys(small_case("odd_prefix"))
+    assert_same(results_of(with_bad_numbers(inputs, operand, value)), results_of(inputs))
+
+
+@interpreted
+@pytest.mark.parametrize("options", [FEW_BLOCKS, FEW_ROWS_WITH_WINDOW], ids=["few blocks", "beside the window"])
+def test_bad_numbers_in_keys_that_other_rows_would_see(options):
+    inputs = small_case("odd_prefix", **options)
+    assert_same(results_of(with_bad_numbers(inputs, "value", np.nan)), results_of(inputs))
+
+
+@interpreted
+def test_bad_numbers_in_values_that_a_bias_hides():
+    inputs = with_keys_hidden_by_bias(small_case("odd_prefix", has_key_bias=True, logits_soft_cap=2.0))
+    assert_same(results_of(with_bad_numbers(inputs, "value", np.nan)), results_of(inputs))
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["full_attention_odd_bf16", "group2_bf16"])
+@pytest.mark.parametrize("operand", ["key", "value"])
+def test_bad_number_in_a_key_that_queries_see_reaches_them(operand, name):
+    """And no other: not even where every key of the block is seen, and no mask is looked at."""
+    inputs = small_case(name)
+    seen = compare.mask_of(inputs)[0, :, :, 3].swapaxes(0, 1)  # [q_len, num_q_heads]
+    operands = inputs.operands | {operand: inputs.operands[operand].at[0, 3].set(np.nan)}
+    out, _ = attend_with(inputs)(**operands)
+    assert seen.any()
+    np.testing.assert_array_equal(np.isnan(out[0].astype(np.float32)).any(-1), seen)
+
+
+@interpreted
+@pytest.mark.parametrize("bad_id", [-(2**31), 6, 2**31 - 1])
+def test_plan_that_names_blocks_that_do_not_exist(bad_id):
+    inputs = small_case("group2_bf16")
+    plan = make_plan(inputs)
+    assert plan.kv_len == 6 * plan.kv_block_size
+    assert_same(results_of(inputs, with_blocks_that_do_not_exist(plan, bad_id)), results_of(inputs, plan))
+
+
+@interpreted
+@pytest.mark.parametrize(("name", "entries"), [("everything", 30), ("group2_bf16", 9)])
+def test_long_lists_are_walked_in_parts(name, entries, monkeypatch):
+    inputs = small_case(name)
+    split(monkeypatch, entries)
+    compare.assert_results_match(results_of(inputs, make_plan(inputs, tile_size=1)), inputs)
+
+
+@interpreted
+def test_results_are_the_same_each_time():
+    inputs = small_case("everything_blocks_bf16", predicate_stride=None)
+    run = compare.forward_and_backward(attend_with(inputs))
+    first, second = (jax.device_get(run(inputs.operands, inputs.d_out, inputs.d_lse)) for _ in range(2))
+    assert_same(first, second)
+
+
+# --- composition ---
+
+
+def scalar(inputs: Inputs):
+    def loss(operands, selection):
+        out, lse = attend_with(inputs, selection)(**operands)
+        return (out.astype(jnp.float32) ** 2).sum() + jnp.where(jnp.isfinite(lse), lse, 0).sum()
+
+    return jax.value_and_grad(loss)
+
+
+def assert_trees_equal(actual, expected):
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@interpreted
+def test_vmap_folds_into_the_batch():
+    inputs = small_case("group2_bf16")
+    run = scalar(inputs)
+    operands = [{name: x * factor for name, x in inputs.operands.items()} for factor in (1, 2)]
+    stack = lambda *trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+    expected = stack(*(jax.jit(run)(x, inputs.selection) for x in operands))
+    actual = jax.jit(jax.vmap(run, in_axes=(0, None)))(stack(*operands), inputs.selection)
+    assert_trees_equal(actual, expected)
+
+
+@interpreted
+def test_checkpoint_and_scan():
+    inputs = small_case("group2_bf16", q_len=20, kv_len=40)
+
+    def layers(query):
+        step = jax.checkpoint(lambda x, _: (attend_with(inputs)(**inputs.operands | dict(query=x))[0], None))
+        return (jax.lax.scan(step, query, None, length=2)[0].astype(jnp.float32) ** 2).sum()
+
+    value, gradient = jax.jit(jax.value_and_grad(layers))(inputs.operands["query"])
+    assert np.isfinite(value) and np.isfinite(gradient.astype(jnp.float32)).all() and jnp.any(gradient != 0)
+
+
+# --- without an interpreter: what is refused, and lowering ---
+
+
+@pytest.fixture
+def on_hopper(monkeypatch):
+    """Problems say that they are of an H100, for which they can be lowered anywhere."""
+    monkeypatch.setattr(problem, "device_of", lambda x: ("gpu", "9.0"))
+    monkeypatch.setattr("sparse_attn_jax.validation.device_of", lambda x: ("gpu", "9.0"), raising=False)
+
+
+def lowered(inputs: Inputs) -> str:
+    run = jax.jit(scalar(inputs))
+    return run.trace(inputs.operands, inputs.selection).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@needs_mosaic
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize("kv_block_size", mosaic.KV_BLOCK_SIZES)
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_every_size_lowers_for_a_gpu(head_dim, kv_block_size):
+    """The forward; the gradients of queries and of keys; the sums of parts, of keys and of values."""
+    inputs = small_case("group16_bf16_d128", head_dim=head_dim, kv_block_size=kv_block_size)
+    assert lowered(inputs).count("custom_call @mosaic_gpu") == 5
+
+
+@needs_mosaic
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize("name", ["everything", "d64_fp16", "wide_value_bf16", "decode_bf16", "group32_bf16"])
+def test_options_lower_for_a_gpu(name):
+    assert "mosaic_gpu" in lowered(small_case(name))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (dict(dtype="float32"), "dtype is float32; supported: bfloat16, float16"),
+        (dict(kv_block_size=48), "kv_block_size is 48; supported: 16, 32, 64, 128"),
+        (dict(head_dim=320, value_head_dim=64), "head_dim is 320; supported: at most 256"),
+        (dict(predicate="Strided"), "predicate, Strided"),
+        (dict(platform="tpu"), "platform is 'tpu'"),
+        (dict(compute_capability="8.0"), "compute capability is 8.0; supported: 9.0"),
+        (dict(q_len=0), "empty"),
+    ],
+)
+def test_reasons(changes, reason):
+    sizes = dict(batch=1, q_len=64, kv_len=64, num_q_heads=4, num_kv_heads=2, head_dim=64, value_head_dim=64)
+    lists = dict(q_block_size=1, kv_block_size=64, num_slots=1, selection_heads=2)
+    device = dict(platform="gpu", compute_capability="9.0")
+    able = problem.Problem(**sizes, **lists, **device, dtype="bfloat16", scale=1.0)
+    if not compat.HAS_MOSAIC_GPU:
+        assert any("JAX" in reason for reason in mosaic.supports(able))
+        return
+    assert mosaic.supports(able) == ()
+    (found,) = mosaic.supports(dataclasses.replace(able, **changes))
+    assert reason in found
+
+
+# --- mutations: each breaks the kernels in one place, and the oracle or the search for races has to notice ---
+
+MUTATIONS = (
+    ("attention_forward", 'plgpu.barrier_wait(memory["key_ready"].at[slot])', "None"),
+    ("attention_forward", 'plgpu.barrier_wait(memory["value_ready"].at[slot])', "None"),
+    ("attention_forward", 'plgpu.barrier_wait(own["query_ready"])', "None"),
+    ("attention_forward", "acc *= steps.over_columns(rescale, g.value_columns)", "pass"),
+    ("attention_forward", "row_sum * rescale + weights.sum(axis=1)", "row_sum + weights.sum(axis=1)"),
+    ("attention_forward", "jnp.where(steps.visible(g, rows, columns, pieces, g.piece_keys), logits, -jnp.inf)", "logits"),
+    ("ring", 'wait_for_room(memory["key_free"].at[slot], step, stages)', "None"),
+    ("ring", 'wait_for_room(memory["value_free"].at[slot], step, stages)', "None"),
+    ("steps", 'seen = position <= row["high"]', "seen = position >= 0"),
+    ("steps", "& exists", "| exists"),
+    ("attention_backward", 'ring.wait_for_room(memory["slice_free"].at[slot], index, config.stages)', "None"),
+    ("attention_backward", 'plgpu.barrier_wait(memory["slice_ready"].at[slot])', "None"),
+    ("attention_backward", 'plgpu.barrier_wait(memory["keys_ready"])', "None"),
+    ("attention_backward", 'plgpu.barrier_wait(memory["sums_ready"])', "None"),
+    ("attention_backward", "seen = steps.visible(g, rows, columns, [piece], config.keys)", "seen = bias is None"),
+    ("attention_backward", "weights * (d_weights - delta)", "weights * d_weights"),
+)
+
+
+@pytest.fixture
+def fresh_traces():
+    """Nothing that was traced before is used again, nor what is traced now."""
+    yield entry_point._layers.cache_clear(), jax.clear_caches()
+    entry_point._layers.cache_clear()
+    jax.clear_caches()
+
+
+@interpreted
+@pytest.mark.usefixtures("fresh_traces")
+@pytest.mark.parametrize(("name", "old", "new"), MUTATIONS, ids=lambda text: text[:50])
+def test_mutations_are_noticed(name, old, new, monkeypatch):
+    module = importlib.import_module(f"{MODULES}.{name}")
+    source = inspect.getsource(module)
+    assert source.count(old) == 1
+    mutated = types.ModuleType(module.__name__)
+    exec(compile(source.replace(old, new), module.__file__, "exec"), mutated.__dict__)
+    for attribute, value in vars(mutated).items():
+        if not attribute.startswith("__"):
+            monkeypatch.setattr(module, attribute, value)
+    # More chunks of keys, and slices of rows, than shared memory holds; small blocks, and the last chunk is not whole.
+    inputs = small_case("odd_prefix", q_len=170, kv_len=333, num_slots=19, num_q_heads=2, num_kv_heads=1, q_block_size=64)
+    with pytest.raises((AssertionError, RuntimeError)):
+        compare.assert_results_match(results_of(inputs), inputs)
