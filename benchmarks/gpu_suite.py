@@ -73,6 +73,7 @@ def pytest_command(*arguments: str | Path) -> Command:
 
 def conformance_commands(out: Path) -> list[Command]:
     files = ["tests/test_ffi_handlers.py", "tests/test_varlen.py", *sorted(ROOT.glob("tests/test_cuda_*on_cpu.py"))]
+    files += ["tests/test_mosaic.py"] if compute_capability() == "9.0" else []
     workers = ["-n", "8"] if importable("xdist") else []
     return [ON_A_GPU, pytest_command(*files, *workers, "-k", NOT_ON_A_GPU, f"--junitxml={out / 'conformance.xml'}")]
 
@@ -93,17 +94,23 @@ MHA = ("--q_len=32768", "--num_q_heads=16", "--num_kv_heads=16", "--head_dim=128
 
 def benchmark_command(result: Path, *arguments: str) -> Command:
     command = [sys.executable, "-m", "benchmarks.run", *arguments]
-    return [*command, "--dtype=bfloat16", "--implementations=cuda", "--time_limit=20", f"--json={result}"]
+    return [*command, "--dtype=bfloat16", "--time_limit=20", f"--json={result}"]
 
 
-def all_kernels() -> str:
-    """A GPU of compute capability 9.0 runs the kernels of 8.0 too."""
-    return "--cuda_arch=sm90,sm80" if compute_capability() == "9.0" else "--cuda_arch=sm80"
+def all_kernels() -> list[str]:
+    """A GPU of compute capability 9.0 runs the kernels of 8.0 too, and those of Pallas."""
+    if compute_capability() == "9.0":
+        return ["--implementations=mosaic,cuda", "--cuda_arch=sm90,sm80"]
+    return cuda_kernels()
+
+
+def cuda_kernels() -> list[str]:
+    return ["--implementations=cuda", "--cuda_arch=sm90,sm80" if compute_capability() == "9.0" else "--cuda_arch=sm80"]
 
 
 def token_commands(q_len: int, out: Path) -> list[Command]:
     """A list per token: correlated lists, which neighbours share in part, and independent ones."""
-    sizes = [*PUBLISHED, f"--q_len={q_len}", f"--batch={PUBLISHED_SIZES[q_len]}", f"--dense_max_len={q_len}", all_kernels()]
+    sizes = [*PUBLISHED, f"--q_len={q_len}", f"--batch={PUBLISHED_SIZES[q_len]}", f"--dense_max_len={q_len}", *all_kernels()]
     runs = [("realistic", "--baselines=dense-cudnn,torch-flex"), ("random", "--baselines=")]
     made = lambda generator: out / f"tokens_{q_len}_{generator}.json"
     return [ON_A_GPU, *(benchmark_command(made(lists), *sizes, f"--generator={lists}", others) for lists, others in runs)]
@@ -117,14 +124,14 @@ def block_commands(out: Path) -> list[Command]:
         for share in (0.1, 0.75):
             slots = round(32768 / block * share)
             lists = [f"--q_block_size={block}", f"--kv_block_size={block}", f"--num_slots={slots}"]
-            commands.append(benchmark_command(out / f"blocks_{block}_{slots}.json", *sizes, *lists, all_kernels()))
+            commands.append(benchmark_command(out / f"blocks_{block}_{slots}.json", *sizes, *lists, *all_kernels()))
     return [ON_A_GPU, *commands]
 
 
 def selection_commands(out: Path) -> list[Command]:
     """The selection, beside the attention to what it chose."""
     sizes = [*PUBLISHED, "--q_len=131072", "--batch=2", "--op=both", "--num_local_blocks=32", "--mode=forward", "--baselines="]
-    return [ON_A_GPU, benchmark_command(out / "selection_131072.json", *sizes, all_kernels())]
+    return [ON_A_GPU, benchmark_command(out / "selection_131072.json", *sizes, *cuda_kernels())]
 
 
 STAGES: dict[str, Callable[[Path], list[Command]]] = dict(

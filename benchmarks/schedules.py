@@ -12,7 +12,7 @@ import math
 import numpy as np
 
 from benchmarks.tile_lists import Lists, Tiles, chunks_of_blocks, edges_of_groups, seen_by_groups, tiles_of
-from sparse_attn_jax.implementations.cuda.attention_backward import LONG_LIST, MIN_ENTRIES_PER_PART
+from sparse_attn_jax.splitting import LONG_LIST, MIN_ENTRIES_PER_PART
 from sparse_attn_jax.testing.cases import Case
 
 ELEMENT_BYTES = 2

@@ -24,6 +24,7 @@ START, END = "<!-- support: python -m tools.support_table -->\n", "<!-- end of s
 
 HEAD = ("implementation", "what", "platform", "dtypes", "head_dim", "kv_block_size", "passed its tests on")
 HEAD_DIMS = (16, 32, 48, 64, 80, 96, 112, 128, 192, 256, 512)
+NO_GPU = "**no GPU yet**"
 KV_BLOCK_SIZES = (8, 16, 32, 48, 64, 96, 128, 256)
 VARIANTS = tuple(itertools.product(SUPPORTED_DTYPES, HEAD_DIMS, KV_BLOCK_SIZES))
 SIZES = dict(num_q_heads=16, num_kv_heads=2, kv_len=4096, scale=1.0)
@@ -47,13 +48,14 @@ def rows() -> list[tuple[str, ...]]:
         name = f"{what.__name__}, forward and backward" if what is attention else what.__name__
         found += [("`xla`", name, "any", *sizes, "CPU") for sizes in supported("xla", what, platform="cpu")]
         mosaic = supported("mosaic", what, platform="gpu", compute_capability="9.0")
-        found += [("`mosaic`", name, "GPU of 9.0", *sizes, "CPU, interpreted") for sizes in mosaic]
+        run = ", ".join(["CPU, interpreted", *(devices_of(["9.0"]) or [NO_GPU])])
+        found += [("`mosaic`", name, "GPU of 9.0", *sizes, run) for sizes in mosaic]
         for arch in library.ARCHITECTURES["9.0"]:
             capabilities = [able for able, folders in library.ARCHITECTURES.items() if arch in folders]
             simulator = os.environ.get(library.HOST_SIM) or "1"
             with mock.patch.dict(os.environ, {library.HOST_SIM: simulator, library.ARCH: f"sm{arch}"}):
                 kernels = supported("cuda", what, platform="cpu")
-            run = ", ".join(["CPU, simulated", *(devices_of(capabilities) or ["**no GPU yet**"])])
+            run = ", ".join(["CPU, simulated", *(devices_of(capabilities) or [NO_GPU])])
             place = f"GPU of {', '.join(capabilities)}"
             found += [(f"`cuda` (`csrc/sm{arch}`)", name, place, *sizes, run) for sizes in kernels]
     return found
@@ -65,7 +67,12 @@ def supported(name: str, what: Callable, **device: str) -> list[tuple[str, str, 
     blocks = gathered([((dtype, dim), block) for dtype, dim, block in able])
     dims = gathered([((dtype, blocks[dtype, dim]), dim) for dtype, dim in blocks])
     dtypes = gathered([((dims[dtype, of], of), dtype) for dtype, of in dims])
-    text = lambda values, every: "any" if values == every else ", ".join(map(str, values))
+
+    def text(values, every):
+        if values == every:
+            return "any"
+        return f"at most {values[-1]}" if len(values) > 1 and values == every[: len(values)] else ", ".join(map(str, values))
+
     return [(text(dtypes[dims, blocks], ()), text(dims, HEAD_DIMS), text(blocks, KV_BLOCK_SIZES)) for dims, blocks in dtypes]
 
 

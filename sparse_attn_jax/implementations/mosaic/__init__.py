@@ -36,9 +36,9 @@ def supports(problem: Problem) -> tuple[str, ...]:
     reasons = []
     if not compat.HAS_MOSAIC_GPU:
         reasons.append("this version of JAX has no Pallas Mosaic GPU that the kernels can use; supported: 0.11 and newer")
-    elif problem.platform != "gpu" and not (problem.platform == "cpu" and compat.interprets_kernels()):
+    if problem.platform != "gpu" and not (problem.platform == "cpu" and compat.interprets_kernels()):
         reasons.append(f"platform is {problem.platform!r}; supported: 'gpu', and 'cpu' inside force_gpu_interpret_mode")
-    elif problem.platform == "gpu" and problem.compute_capability != COMPUTE_CAPABILITY:
+    if problem.platform == "gpu" and problem.compute_capability != COMPUTE_CAPABILITY:
         reasons.append(f"compute capability is {problem.compute_capability}; supported: {COMPUTE_CAPABILITY}")
     if problem.dtype not in DTYPES:
         reasons.append(f"dtype is {problem.dtype}; supported: {', '.join(DTYPES)}")
