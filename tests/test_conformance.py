@@ -86,6 +86,8 @@ def simulator(implementation, request):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_attention_matches_oracle(case: Case, implementation: str):
+    if implementation == "mosaic":  # whose interpreter is slow
+        case = dataclasses.replace(case, q_len=min(case.q_len, 130), kv_len=min(case.kv_len, 333))
     with jax.enable_x64(case.dtype == "float64"):
         inputs = make_inputs(case)
         reasons = reasons_against(inputs, implementation)
@@ -99,7 +101,8 @@ def test_attention_matches_oracle(case: Case, implementation: str):
         for name, operand in inputs.operands.items():
             assert results[f"d_{name}"].dtype == operand.dtype
         compare.assert_results_match(results, inputs)
-        assert_bitwise_equal(run(inputs.operands, inputs.d_out, inputs.d_lse), results)
+        if implementation != "mosaic":  # it has a test of its own for this
+            assert_bitwise_equal(run(inputs.operands, inputs.d_out, inputs.d_lse), results)
 
 
 @pytest.mark.parametrize("case", ["group2_bf16", "everything"])
