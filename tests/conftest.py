@@ -1,6 +1,7 @@
 """Settings that have to be made before jax is imported, and hypothesis profiles."""
 
 import ctypes
+import faulthandler
 import os
 import shutil
 from collections.abc import Iterator
@@ -57,8 +58,11 @@ def mosaic_on_cpu() -> Iterator[None]:
     from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
+    # Threads that wait for each other for ever end the process, with a word of where they are.
+    faulthandler.dump_traceback_later(600, exit=True)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         yield
+    faulthandler.cancel_dump_traceback_later()
     interpret_pallas_call.reset_gpu_interpret_mode_state()  # as after an exception it has to be
 
 
