@@ -8,6 +8,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -240,7 +241,7 @@ def _query_kernel(g, config, inputs, d_query, memory):
 
     @pl.when(warpgroup == config.warpgroups)
     def fetch():
-        steps.give_registers()
+        steps.give_registers(config.warpgroups)
         ring.fetch_chunks(g, config.stages, inputs, memory, batch, head, ids, spans)
 
 
@@ -340,7 +341,7 @@ def _key_kernel(g, config, inputs, outputs, memory):
                 tile = jnp.minimum(tiles[entry], g.num_tiles - 1)
                 of_tile = steps.part_of(inputs["words"], batch, head).at[tile, slots[entry]]
                 words = [of_tile[i] for i in range(g.num_words)]
-            piece = steps.Piece(index >= 0, first_key, words)
+            piece = steps.Piece(np.True_, first_key, words)
 
             plgpu.barrier_wait(memory["slice_ready"].at[slot])
             own = {name: memory[name].at[slot] for name in OF_SLICE}
@@ -387,7 +388,7 @@ def _key_kernel(g, config, inputs, outputs, memory):
 
     @pl.when(warpgroup == KEY_WARPGROUPS)
     def fetch():
-        steps.give_registers()
+        steps.give_registers(KEY_WARPGROUPS)
         keys = pl.ds(first_key, config.keys)
         for name in ("key", "value", "bias"):
             plgpu.copy_gmem_to_smem(steps.part_of(inputs[name], batch, head).at[keys], memory[name], memory["keys_ready"])

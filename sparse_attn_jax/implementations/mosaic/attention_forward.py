@@ -174,5 +174,5 @@ def _kernel(g, config, inputs, outputs, memory):
 
     @pl.when(warpgroup == config.warpgroups)
     def fetch():
-        steps.give_registers()
+        steps.give_registers(config.warpgroups)
         ring.fetch_chunks(g, config.stages, inputs, memory, batch, head, ids, spans)

@@ -58,13 +58,15 @@ def largest(make: Callable[[int], Config], sizes: Sequence[int], memory_of: Call
 
 
 def take_registers(warpgroups: int) -> None:
-    """Of a warpgroup that computes, of so many."""
-    plgpu.set_max_registers(240 if warpgroups == 2 else 232, action="increase")
+    """Of a warpgroup that computes, of so many: those that the one that copies gives. A lone one has all that there are."""
+    if warpgroups == 2:
+        plgpu.set_max_registers(232, action="increase")
 
 
-def give_registers() -> None:
+def give_registers(warpgroups: int) -> None:
     """Of the warpgroup that copies."""
-    plgpu.set_max_registers(24, action="decrease")
+    if warpgroups == 2:
+        plgpu.set_max_registers(40, action="decrease")
 
 
 def full_matrix(shape: tuple[int, int], value: float) -> jax.Array:
