@@ -252,7 +252,7 @@ MUTATIONS = (
     ("attention_backward", 'plgpu.barrier_wait(memory["slice_ready"].at[slot])', "None"),
     ("attention_backward", 'plgpu.barrier_wait(memory["keys_ready"])', "None"),
     ("attention_backward", 'plgpu.barrier_wait(memory["sums_ready"])', "None"),
-    ("attention_backward", "seen = steps.visible(g, rows, columns, [piece], config.keys)", "seen = bias is None"),
+    ("attention_backward", "seen = steps.visible(g, rows, columns, [piece], config.keys)", "seen = True"),
     ("attention_backward", "weights * (d_weights - delta)", "weights * d_weights"),
 )
 

@@ -52,13 +52,17 @@ class KeyGradientConfig:
 
 
 def choose_query_config(g: Geometry, interpreted: bool = False) -> QueryGradientConfig:
-    config = lambda stages: QueryGradientConfig(g.slices_per_tile % 2 or 2, stages, interpreted)
+    # Alone, a warpgroup has the registers that sums of more than 128 columns take.
+    warpgroups = 1 if g.key_columns > 128 else g.slices_per_tile % 2 or 2
+    config = lambda stages: QueryGradientConfig(warpgroups, stages, interpreted)
     return steps.largest(config, range(1, 4), lambda config: _query_memory(g, config))
 
 
 def choose_key_config(g: Geometry, interpreted: bool = False) -> KeyGradientConfig:
-    # The sums of head_dim x keys are held in registers.
-    keys = min(g.kv_block_size, 64 if max(g.key_columns, g.value_columns) <= 128 else 32)
+    # The sums of head_dim x keys are held in registers, beside scores, their gradients, and what options need.
+    has_options = g.logits_soft_cap or g.has_key_bias or g.has_window or g.has_segments
+    has_room = max(g.key_columns, g.value_columns) <= 128 and not has_options
+    keys = min(g.kv_block_size, 64 if has_room else 32)
     config = lambda stages: KeyGradientConfig(keys, stages, interpreted)
     return steps.largest(
         config, range(KEY_WARPGROUPS, 2 * KEY_WARPGROUPS + 1, KEY_WARPGROUPS), lambda config: _key_memory(g, config)
@@ -136,17 +140,17 @@ def _gradient_of_logits(g, own, stats, key, value, bias, masked):
     Args:
       g: the call.
       own: refs of the slice's query and d_out.
-      stats: the rows' lse in units of log 2, and delta.
+      stats: a function that loads the rows' lse in units of log 2, and delta.
       key: ref.
       value: ref.
-      bias: a vector, or `None`.
+      bias: ref, or `None`.
       masked: sets matrices to 0 where a row does not see a key.
     """
     shape = (SLICE_ROWS, key.shape[0])
     logits, slope = steps.logits_of(g, steps.product(own["query"], key.transpose((1, 0)), shape))
     if bias is not None:
-        logits += steps.over_rows(bias)
-    lse, delta = (steps.over_columns(x, shape[1]) for x in stats)
+        logits += steps.over_rows(steps.load_columns(bias))
+    lse, delta = (steps.over_columns(x, shape[1]) for x in stats())
     weights = jnp.exp2(logits - lse)
     d_weights = steps.product(own["d_out"], value.transpose((1, 0)), shape)
     weights, d_logits = masked(weights, weights * (d_weights - delta))
@@ -208,7 +212,7 @@ def _query_kernel(g, config, inputs, d_query, memory):
             plgpu.copy_gmem_to_smem(steps.part_of(inputs[name], batch, head).at[slice_index], own[name], ready)
         plgpu.barrier_wait(ready)
         rows = {name: steps.load_rows(own["rows"].at[i]) for i, name in enumerate(g.row_names)}
-        stats = [steps.load_rows(own["stats"].at[i]) for i in range(2)]
+        stats = lambda: [steps.load_rows(own["stats"].at[i]) for i in range(2)]
 
         def add_chunk(is_full, step, total):
             slot = lax.rem(step, jnp.int32(config.stages))
@@ -224,7 +228,7 @@ def _query_kernel(g, config, inputs, d_query, memory):
             plgpu.barrier_wait(memory["key_ready"].at[slot])
             plgpu.barrier_wait(memory["value_ready"].at[slot])
             key, value = memory["key"].at[slot], memory["value"].at[slot]
-            bias = steps.load_columns(memory["bias"].at[slot]) if g.has_key_bias or not is_full else None
+            bias = memory["bias"].at[slot] if g.has_key_bias or not is_full else None
             *_, gradient = _gradient_of_logits(g, own, stats, key, value, bias, masked)
             plgpu.barrier_arrive(memory["value_free"].at[slot])
             d_scores[...] = gradient.astype(g.dtype)
@@ -328,8 +332,6 @@ def _key_kernel(g, config, inputs, outputs, memory):
     def compute():
         steps.take_registers(KEY_WARPGROUPS)
         plgpu.barrier_wait(memory["keys_ready"])
-        bias = steps.load_columns(memory["bias"])
-        columns = {name: steps.load_columns(memory["columns"].at[i]) for i, name in enumerate(g.column_names)}
         weights = memory["weights"].at[warpgroup]
 
         def add_slice(i, sums):
@@ -345,14 +347,16 @@ def _key_kernel(g, config, inputs, outputs, memory):
 
             plgpu.barrier_wait(memory["slice_ready"].at[slot])
             own = {name: memory[name].at[slot] for name in OF_SLICE}
-            rows = {name: steps.load_rows(own["rows"].at[i]) for i, name in enumerate(g.row_names)}
-            stats = [steps.load_rows(own["stats"].at[i]) for i in range(2)]
+            # What is loaded late holds no registers before.
+            stats = lambda: [steps.load_rows(own["stats"].at[i]) for i in range(2)]
 
             def masked(*matrices):
+                columns = {name: steps.load_columns(memory["columns"].at[i]) for i, name in enumerate(g.column_names)}
+                rows = {name: steps.load_rows(own["rows"].at[i]) for i, name in enumerate(g.row_names)}
                 seen = steps.visible(g, rows, columns, [piece], config.keys)
                 return tuple(jnp.where(seen, x, 0.0) for x in matrices)
 
-            found = _gradient_of_logits(g, own, stats, memory["key"], memory["value"], bias, masked)
+            found = _gradient_of_logits(g, own, stats, memory["key"], memory["value"], memory["bias"], masked)
             probs, d_logits, d_scores = found
             weights[...] = probs.astype(g.dtype)
             plgpu.commit_smem()

@@ -60,13 +60,13 @@ def largest(make: Callable[[int], Config], sizes: Sequence[int], memory_of: Call
 def take_registers(warpgroups: int) -> None:
     """Of a warpgroup that computes, of so many: those that the one that copies gives. A lone one has all that there are."""
     if warpgroups == 2:
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(240, action="increase")
 
 
 def give_registers(warpgroups: int) -> None:
     """Of the warpgroup that copies."""
     if warpgroups == 2:
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(24, action="decrease")
 
 
 def full_matrix(shape: tuple[int, int], value: float) -> jax.Array:
