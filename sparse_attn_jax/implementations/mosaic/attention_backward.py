@@ -198,9 +198,7 @@ def _query_kernel(g, config, inputs, d_query, memory):
     warpgroup = lax.axis_index("warpgroup")
     item = g.num_slices // config.warpgroups - 1 - lax.axis_index("item")
     tile = item // (g.slices_per_tile // config.warpgroups)
-    ids = steps.part_of(inputs["ids"], batch, head).at[tile]
-    words = steps.part_of(inputs["words"], batch, head).at[tile] if g.has_membership else None
-    spans = inputs["spans"].at[batch, head, tile]
+    ids, words, spans = steps.list_of(g, inputs, batch, head, tile)
 
     @pl.when(warpgroup < config.warpgroups)
     def compute():

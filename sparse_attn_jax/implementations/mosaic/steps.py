@@ -142,6 +142,12 @@ class Piece:
         return pl.ds(self.first_key, g.piece_keys)
 
 
+def list_of(g: Geometry, inputs, batch, head, tile):
+    """Refs of a query tile's list: its ids, their membership or `None`, and its row of `layout.spans`."""
+    words = part_of(inputs["words"], batch, head).at[tile] if g.has_membership else None
+    return part_of(inputs["ids"], batch, head).at[tile], words, inputs["spans"].at[batch, head, tile]
+
+
 def pieces_of(g: Geometry, ids, words, count, step) -> list[Piece]:
     """Of one chunk of a tile's list, from the refs of its ids and words; `words` is `None` if nobody needs them."""
     pieces = []
