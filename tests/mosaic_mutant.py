@@ -8,6 +8,7 @@ import importlib
 import inspect
 import os
 import sys
+import traceback
 import types
 
 NOTICED = 3
@@ -55,6 +56,10 @@ if __name__ == "__main__":
     os.environ["JAX_PLATFORMS"] = "cpu"
     # As many threads as warpgroups wait for each other, and more.
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-    status = main(sys.argv[1:])
-    sys.stdout.flush()
-    os._exit(status)
+    try:
+        status = main(sys.argv[1:])
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stderr.flush()
+    os._exit(status)  # without waiting for other threads

@@ -170,8 +170,7 @@ def test_vmap_folds_into_the_batch():
 @pytest.fixture
 def on_hopper(monkeypatch):
     """Problems say that they are of an H100, for which they can be lowered anywhere."""
-    monkeypatch.setattr(problem, "device_of", lambda x: ("gpu", "9.0"))
-    monkeypatch.setattr("sparse_attn_jax.validation.device_of", lambda x: ("gpu", "9.0"), raising=False)
+    monkeypatch.setattr("sparse_attn_jax.validation.device_of", lambda x: ("gpu", "9.0"))
 
 
 def lowered(inputs: Inputs) -> str:
@@ -220,6 +219,8 @@ def test_checkpoint_and_scan_lower_for_a_gpu():
         (dict(platform="tpu"), "platform is 'tpu'"),
         (dict(compute_capability="8.0"), "compute capability is 8.0; supported: 9.0"),
         (dict(q_len=0), "empty"),
+        (dict(kv_len=2**22), "there are 536870912 elements of keys or values; supported: at most 268435456"),
+        (dict(q_len=2**20, num_slots=256), "there are 536870912 slots of the selection; supported: at most 268435456"),
     ],
 )
 def test_reasons(changes, reason):

@@ -17,6 +17,8 @@ COMPUTE_CAPABILITY = "9.0"
 DTYPES = ("bfloat16", "float16")
 KV_BLOCK_SIZES = (16, 32, 64, 128)
 MAX_HEAD_DIM = 256
+# Of arrays that kernels index themselves, padded or with several words an element: offsets that may be of 32 bits.
+MAX_ELEMENTS = 2**28
 # Rows of a query tile: two warpgroups have 64 each.
 TILE_ROWS = 128
 
@@ -49,6 +51,11 @@ def supports(problem: Problem) -> tuple[str, ...]:
             reasons.append(f"{name} is {getattr(problem, name)}; supported: at most {MAX_HEAD_DIM}")
     if problem.predicate is not None:
         reasons.append(f"the selection has a predicate, {problem.predicate}; supported: none")
+    keys = problem.batch * problem.num_kv_heads * problem.kv_len * max(problem.head_dim, problem.value_head_dim)
+    entries = problem.batch * problem.selection_heads * problem.num_q_blocks * problem.num_slots
+    for what, size in (("elements of keys or values", keys), ("slots of the selection", entries)):
+        if size > MAX_ELEMENTS:
+            reasons.append(f"there are {size} {what}; supported: at most {MAX_ELEMENTS}")
     if 0 in (problem.batch, problem.q_len, problem.kv_len, problem.num_slots):
         reasons.append("the call is empty: batch, q_len, kv_len or num_slots is 0; supported: at least 1")
     return tuple(reasons)

@@ -1,6 +1,5 @@
 """From the arguments of a call to the arrays that the kernels read."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,11 +11,11 @@ from sparse_attn_jax.arguments import AXES, attention_attributes
 from sparse_attn_jax.entry_point import is_off
 from sparse_attn_jax.implementations.mosaic import layout
 from sparse_attn_jax.implementations.mosaic.geometry import Geometry
+from sparse_attn_jax.implementations.mosaic.steps import LOG2_E
 from sparse_attn_jax.planning import TilePlan
 from sparse_attn_jax.problem import Problem
 from sparse_attn_jax.selection import num_blocks
 
-LOG2_E = math.log2(math.e)
 # What a part of a block's list does with its sums, if they are not added to those of others: it is the gradient, or nothing.
 WHOLE, UNUSED = -1, -2
 

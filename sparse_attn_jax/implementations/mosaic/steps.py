@@ -19,6 +19,7 @@ from sparse_attn_jax.selection import num_blocks
 Config = TypeVar("Config")
 
 LOG2_E = math.log2(math.e)
+WORD_SHIFT = WORD_BITS.bit_length() - 1
 MATRIX = plgpu.Layout.WGMMA
 ROW = MATRIX.reduce(1)  # a value per row, held where the row's part of a matrix is
 COLUMN = MATRIX.reduce(0)
@@ -194,7 +195,9 @@ def _chose(g: Geometry, rows: dict[str, jax.Array], piece: Piece) -> jax.Array:
     if not g.has_membership:
         return exists
     group = rows["group"]
-    word = functools.reduce(lambda word, i: jnp.where(group >> 5 == i, piece.words[i], word), range(g.num_words), group * 0)
+    word = functools.reduce(
+        lambda word, i: jnp.where(group >> WORD_SHIFT == i, piece.words[i], word), range(g.num_words), group * 0
+    )
     return (word >> (group & (WORD_BITS - 1))) & exists
 
 
