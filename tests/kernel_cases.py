@@ -32,6 +32,17 @@ def make_plan(inputs: Inputs, tile_size: int | None = None) -> sa.TilePlan:
     return sa.plan_attention(inputs.selection, **sizes, tile_size=tile_size)
 
 
+def attend_with(implementation: str, inputs: Inputs, selection=None) -> compare.Attend:
+    """The op, returning lse as well, as a function of its differentiable operands."""
+    selection = inputs.selection if selection is None else selection
+
+    def attend(**operands):
+        options = dict(return_residual=True, implementation=implementation)
+        return sa.block_sparse_attention(**operands, selection=selection, **options, **inputs.options)
+
+    return attend
+
+
 def small_case(name: str, **changes) -> Inputs:
     return make_inputs(dataclasses.replace(as_kernels_take_it(case_named(name)), **changes))
 

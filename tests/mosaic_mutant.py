@@ -25,9 +25,8 @@ def apply(name: str, old: str, new: str) -> None:
 
 def main(arguments: list[str]) -> int:
     from jax.experimental.pallas import mosaic_gpu as plgpu
-    from kernel_cases import small_case
+    from kernel_cases import attend_with, small_case
 
-    import sparse_attn_jax as sa
     from sparse_attn_jax.testing import compare
 
     # More chunks of keys, and slices of rows, than shared memory holds; small blocks, and the last chunk is not whole.
@@ -35,13 +34,9 @@ def main(arguments: list[str]) -> int:
     if arguments:
         apply(*arguments)
 
-    def attend(**operands):
-        options = dict(return_residual=True, implementation="mosaic")
-        return sa.block_sparse_attention(**operands, selection=inputs.selection, **options, **inputs.options)
-
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         try:
-            results = compare.results_of(attend, inputs)
+            results = compare.results_of(attend_with("mosaic", inputs), inputs)
         except RuntimeError as error:
             assert "RACE DETECTED" in str(error) or "barrier" in str(error).lower(), error
             return NOTICED

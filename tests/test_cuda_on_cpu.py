@@ -1,6 +1,7 @@
 """The CUDA kernels themselves, run on a CPU by the simulator, against the oracle on the cases of every implementation."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 
@@ -8,6 +9,7 @@ import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
+import kernel_cases
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
@@ -53,14 +55,7 @@ def kernels_of_arch(cuda_on_cpu, arch, monkeypatch):
 TAKEN = [case for case in map(as_kernels_take_it, CASES) if case is not None]
 
 
-def attend_with(inputs: Inputs, selection=None) -> compare.Attend:
-    selection = inputs.selection if selection is None else selection
-
-    def attend(**operands):
-        options = dict(return_residual=True, implementation="cuda")
-        return sa.block_sparse_attention(**operands, selection=selection, **options, **inputs.options)
-
-    return attend
+attend_with = functools.partial(kernel_cases.attend_with, "cuda")
 
 
 def results_of(inputs: Inputs, plan: sa.TilePlan | None = None) -> compare.Results:

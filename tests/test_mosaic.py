@@ -1,12 +1,14 @@
 """The Pallas kernels in JAX's interpreter of GPUs, which finds races, against the oracle; and their lowering for a GPU."""
 
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
+import kernel_cases
 import mosaic_mutant
 import numpy as np
 import pytest
@@ -33,14 +35,7 @@ needs_mosaic = pytest.mark.skipif(not compat.HAS_MOSAIC_GPU, reason="needs JAX 0
 interpreted = pytest.mark.usefixtures("mosaic_on_cpu")
 
 
-def attend_with(inputs: Inputs, selection=None) -> compare.Attend:
-    selection = inputs.selection if selection is None else selection
-
-    def attend(**operands):
-        options = dict(return_residual=True, implementation="mosaic")
-        return sa.block_sparse_attention(**operands, selection=selection, **options, **inputs.options)
-
-    return attend
+attend_with = functools.partial(kernel_cases.attend_with, "mosaic")
 
 
 def results_of(inputs: Inputs, plan: sa.TilePlan | None = None) -> compare.Results:
@@ -219,8 +214,8 @@ def test_checkpoint_and_scan_lower_for_a_gpu():
         (dict(platform="tpu"), "platform is 'tpu'"),
         (dict(compute_capability="8.0"), "compute capability is 8.0; supported: 9.0"),
         (dict(q_len=0), "empty"),
-        (dict(kv_len=2**22), "there are 536870912 elements of keys or values; supported: at most 268435456"),
-        (dict(q_len=2**20, num_slots=256), "there are 536870912 slots of the selection; supported: at most 268435456"),
+        (dict(kv_len=2**23), "there are 1073741824 elements of keys or values; supported: at most 536870912"),
+        (dict(q_len=2**20, num_slots=512), "there are 1073741824 slots of the selection; supported: at most 536870912"),
     ],
 )
 def test_reasons(changes, reason):

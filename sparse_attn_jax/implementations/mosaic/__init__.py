@@ -18,7 +18,7 @@ DTYPES = ("bfloat16", "float16")
 KV_BLOCK_SIZES = (16, 32, 64, 128)
 MAX_HEAD_DIM = 256
 # Of arrays that kernels index themselves, padded or with several words an element: offsets that may be of 32 bits.
-MAX_ELEMENTS = 2**28
+MAX_ELEMENTS = 2**29
 # Rows of a query tile: two warpgroups have 64 each.
 TILE_ROWS = 128
 

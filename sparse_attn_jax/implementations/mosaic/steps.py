@@ -195,9 +195,9 @@ def _chose(g: Geometry, rows: dict[str, jax.Array], piece: Piece) -> jax.Array:
     if not g.has_membership:
         return exists
     group = rows["group"]
-    word = functools.reduce(
-        lambda word, i: jnp.where(group >> WORD_SHIFT == i, piece.words[i], word), range(g.num_words), group * 0
-    )
+    word = group * 0
+    for i in range(g.num_words):
+        word = jnp.where(group >> WORD_SHIFT == i, piece.words[i], word)
     return (word >> (group & (WORD_BITS - 1))) & exists
 
 
