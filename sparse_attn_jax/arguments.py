@@ -1,4 +1,4 @@
-"""The arguments that every call of attention kernels takes."""
+"""The arguments that every call of the kernels takes."""
 
 from typing import Any
 
@@ -6,10 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparse_attn_jax.entry_point import Result
 from sparse_attn_jax.planning import TilePlan
 from sparse_attn_jax.problem import Operands, Problem, TokenMask
 
-# Axes by name, as `EntryPoint` takes them.
+# Of block selection: query, compressed, coarse, positions, and the lists of KV heads or of query heads.
+SELECTION_AXES = ("bshd", "Uukd", "Uckd", "Qs")
+SELECTION_RESULTS = (Result("indices", "bksn", "int32"), Result("indices", "bhsn", "int32"))
+
+# Of attention, by name, as `EntryPoint` takes them.
 AXES = dict(
     query="bshd",
     key="Ktkd",

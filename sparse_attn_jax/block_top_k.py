@@ -5,6 +5,8 @@ set. On a CPU this takes less than half the time of `jax.lax.top_k` (16 of 512 b
 and, unlike it, does not grow with k, lets k differ between rows, and leaves the list in ascending order.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -20,6 +22,7 @@ def pick_blocks(
     num_sink_blocks: int,
     num_local_blocks: int,
     is_causal: bool,
+    kth_largest: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     """Forced blocks first, then the highest scores; the lower id wins a tie.
 
@@ -31,6 +34,8 @@ def pick_blocks(
       num_sink_blocks: leading blocks that are always chosen.
       num_local_blocks: blocks that are always chosen, counted back from the query's own, which is one of them.
       is_causal: leave out blocks after the query's own.
+      kth_largest: what finds, in uint32 [batch, heads, num_kv_blocks, queries], the largest values that at least
+        int32 [batch, heads, 1, queries] entries reach; `None` is XLA.
 
     Returns:
       int32 [batch, heads, top_k, queries], ascending, -1 last.
@@ -45,14 +50,14 @@ def pick_blocks(
     num_free = top_k - forced.sum(axis=2, keepdims=True, dtype=jnp.int32)
     # A comparison with NaN is false, so this also leaves out NaN.
     candidates = allowed & ~forced & (scores > -jnp.inf)
-    chosen = forced | _highest(scores, candidates, num_free)
+    chosen = forced | _highest(scores, candidates, num_free, kth_largest or _kth_largest)
     return nth_set_bit(pack_bits(chosen), jnp.arange(top_k, dtype=jnp.int32)[:, None])
 
 
-def _highest(scores: jax.Array, candidates: jax.Array, count: jax.Array) -> jax.Array:
+def _highest(scores: jax.Array, candidates: jax.Array, count: jax.Array, kth_largest: Callable) -> jax.Array:
     """Marks the `count` [..., 1, queries] highest candidates along axis -2, the lower id first among equals."""
     rank = jnp.where(candidates, _ordered_bits(scores), jnp.uint32(0))
-    threshold = _kth_largest(rank, count)
+    threshold = kth_largest(rank, count)
     above = candidates & (rank > threshold)
     level = candidates & (rank == threshold)
     num_level = count - above.sum(axis=-2, keepdims=True, dtype=jnp.int32)

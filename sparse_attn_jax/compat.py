@@ -42,3 +42,14 @@ HAS_MOSAIC_GPU = jax.__version_info__ >= (0, 11)
 def interprets_kernels() -> bool:
     """Whether Pallas kernels run in JAX's interpreter of GPUs: inside `plgpu.force_gpu_interpret_mode`."""
     return jax_config.pallas_tpu_interpret_mode_context_manager.value is not None
+
+
+def store_to_global(ref, x: jax.Array) -> None:
+    """In a Pallas kernel: each thread stores its part of x, without a detour through shared memory."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    # JAX 0.12 wants to be told; 0.11 has no other way.
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, x, optimized=False)
+    else:
+        ref[...] = x

@@ -107,8 +107,12 @@ def _layers(entry, sizes, without, may_partition, attributes):
 
     @custom_vmap
     def mapped(*arrays):
-        # Inside `shard_map` arrays are parts already, and `custom_partitioning` does not take them.
-        return partitioned(*arrays) if may_partition and not compat.varying_axes(arrays[0]) else call(*arrays)
+        # Inside `shard_map` arrays are parts already, and `custom_partitioning` does not take them. Nor can it be lowered for a
+        # device that is not here; one alone does without.
+        mesh = jax.sharding.get_abstract_mesh()
+        is_alone = not mesh.empty and mesh.size == 1
+        may_split = may_partition and not is_alone and not compat.varying_axes(arrays[0])
+        return partitioned(*arrays) if may_split else call(*arrays)
 
     @mapped.def_vmap
     def rule(axis_size, is_mapped, *arrays):

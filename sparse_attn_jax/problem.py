@@ -86,9 +86,21 @@ class TokenMask:
     predicate: Any = None  # callable pytree (batch, head, q_position, kv_position) -> bool
 
 
+# Of GPUs for which there are kernels, by a word of the name of a kind of device.
+COMPUTE_CAPABILITIES = {"A100": "8.0", "H100": "9.0", "H200": "9.0", "H800": "9.0", "H20": "9.0", "GH200": "9.0"}
+
+
 def device_of(x: Any) -> tuple[str, str | None]:
-    """Platform and compute capability of a concrete array's device, else of the default device."""
+    """Platform and compute capability of a concrete array's device; else of the context's mesh, or of the default device.
+
+    The mesh of `jax.set_mesh` may be one of GPUs that are not here, for which a program is compiled.
+    """
     concrete = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+    wanted = jax.sharding.get_abstract_mesh().abstract_device
+    if not concrete and wanted is not None and wanted.device_kind != jax.local_devices()[0].device_kind:
+        words = wanted.device_kind.replace("-", " ").split()
+        found = (capability for word, capability in COMPUTE_CAPABILITIES.items() if word in words)
+        return ("gpu" if wanted.platform == "cuda" else wanted.platform), next(found, None)
     device = next(iter(x.devices())) if concrete else jax.config.jax_default_device
     if not isinstance(device, jax.Device):
         device = jax.local_devices()[0]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,17 @@ def attend_with(implementation: str, inputs: Inputs, selection=None) -> compare.
         return sa.block_sparse_attention(**operands, selection=selection, **options, **inputs.options)
 
     return attend
+
+
+def trace_for_hopper(run: Callable, *arguments) -> jax.stages.Traced:
+    """The program for an H100, which need not be here; it can be lowered for CUDA anywhere."""
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)):
+        return jax.jit(run).trace(*arguments)
+
+
+def lower_for_hopper(run: Callable, *arguments) -> str:
+    return trace_for_hopper(run, *arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def small_case(name: str, **changes) -> Inputs:

@@ -23,25 +23,51 @@ def apply(name: str, old: str, new: str) -> None:
     vars(module).update({key: value for key, value in vars(mutated).items() if not key.startswith("__")})
 
 
-def main(arguments: list[str]) -> int:
-    from jax.experimental.pallas import mosaic_gpu as plgpu
+def attention():
+    """Runs the kernels of attention; returns what compares the results with the oracle."""
     from kernel_cases import attend_with, small_case
 
     from sparse_attn_jax.testing import compare
 
     # More chunks of keys, and slices of rows, than shared memory holds; small blocks, and the last chunk is not whole.
     inputs = small_case("odd_prefix", q_len=170, kv_len=260, num_slots=12, num_q_heads=2, num_kv_heads=1, q_block_size=16)
+    results = compare.results_of(attend_with("mosaic", inputs), inputs)
+    return lambda: compare.assert_results_match(results, inputs)
+
+
+def selection():
+    """The same for those of block selection."""
+    from selection_calls import make_call
+
+    from sparse_attn_jax.implementations.mosaic.scoring import select_from_units
+    from sparse_attn_jax.testing import selection_oracle as oracle
+
+    # Coarse units and queries that see none, more steps of units than shared memory holds, two chunks of blocks, three heads of
+    # a list; few blocks are forced.
+    sizes = dict(kv_len=1150, block_size=16, kernel_size=8, kernel_stride=4, coarse_kernel_size=128, coarse_kernel_stride=8)
+    call = make_call(90, 3, 1, use_coarse=True, q_offset=(90, 1060), batch=2, num_local_blocks=1, top_k=4, **sizes)
+    found = call.run(select_from_units)
+    return lambda: oracle.assert_same_up_to_rounding(found, *call.define())
+
+
+SELECTION_MODULES = ("scoring_layout", "block_scores", "kth_largest")
+
+
+def main(arguments: list[str]) -> int:
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
     if arguments:
         apply(*arguments)
-
+    checks = [selection if arguments[0] in SELECTION_MODULES else attention] if arguments else [attention, selection]
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         try:
-            results = compare.results_of(attend_with("mosaic", inputs), inputs)
+            compare_all = [check() for check in checks]
         except RuntimeError as error:
             assert "RACE DETECTED" in str(error) or "barrier" in str(error).lower(), error
             return NOTICED
     try:
-        compare.assert_results_match(results, inputs)
+        for compare in compare_all:
+            compare()
     except AssertionError:
         return NOTICED
     return 0

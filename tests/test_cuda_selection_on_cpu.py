@@ -9,20 +9,30 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from selection_calls import (
+    SMALL,
+    Call,
+    assert_nan_scores_are_chosen_only_if_forced,
+    call_of_many_segments,
+    call_with_a_nan_in_a_unit,
+    call_with_a_unit_shared_by_two_blocks,
+    call_with_infinite_logits,
+    call_with_positions_of_any_order,
+    call_with_ties,
+    calls_with_a_nan_in_the_first_query,
+    calls_with_hidden_units,
+    make_call,
+)
 
 import sparse_attn_jax as sa
 from sparse_attn_jax.implementations.cuda import library
 from sparse_attn_jax.implementations.cuda.scoring import select_from_units
 from sparse_attn_jax.implementations.xla import scoring as xla
 from sparse_attn_jax.scoring import score_blocks, select_blocks
-from sparse_attn_jax.scoring_problem import ScoringProblem
 from sparse_attn_jax.testing import selection_oracle as oracle
-from sparse_attn_jax.testing.selection_cases import CASES, make_problem
+from sparse_attn_jax.testing.selection_cases import CASES
 
 pytestmark = pytest.mark.kernels
-
-# 50 blocks of 16 tokens, in units of 8 with overlaps of 4: short enough for many queries.
-SMALL = dict(kv_len=799, block_size=16, kernel_size=8, kernel_stride=4, coarse_kernel_size=32, coarse_kernel_stride=16)
 
 
 @pytest.fixture(autouse=True, params=["sm80", "sm90"])
@@ -30,61 +40,13 @@ def kernels_of_arch(cuda_on_cpu, request, monkeypatch):
     monkeypatch.setenv(library.ARCH, request.param)
 
 
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """The arguments of one selection."""
-
-    query: jax.Array
-    compressed: jax.Array
-    coarse: jax.Array | None
-    positions: jax.Array
-    problem: ScoringProblem
-
-    def run(self, **options) -> np.ndarray:
-        arrays = self.query, self.compressed, self.coarse, self.positions
-        return np.asarray(select_from_units(*arrays, problem=self.problem, **options))
-
-    def define(self, **changes) -> tuple[np.ndarray, np.ndarray]:
-        """Lists and scores by the definition; `changes` replace arguments of the oracle's scores."""
-        p = self.problem
-        positions = np.broadcast_to(self.positions, self.query.shape[:2])
-        scores = oracle.score(
-            self.query, self.compressed, positions, kv_len=p.kv_len, block_size=p.block_size,
-            kernel=(p.kernel_size, p.kernel_stride), pooling=p.pooling, reduction=p.group_reduction, causal=p.is_causal,
-            coarse=self.coarse, coarse_kernel=(p.coarse_kernel_size, p.coarse_kernel_stride), scale=p.scale, **changes,
-        )  # fmt: skip
-        lists = oracle.select(
-            scores, positions, top_k=p.top_k, block_size=p.block_size, num_sink_blocks=p.num_sink_blocks,
-            num_local_blocks=p.num_local_blocks, causal=p.is_causal,
-        )  # fmt: skip
-        return lists, scores
-
-
-def make_call(
-    q_len, num_q_heads=4, num_kv_heads=2, head_dim=64, batch=1, dtype="bfloat16", use_coarse=False, q_offset=None, key=None,
-    seed=0, **options,
-) -> Call:  # fmt: skip
-    """Random arrays, made by NumPy: XLA would compile for each shape."""
-    generator = np.random.default_rng(seed)
-    query = jnp.asarray(3 * generator.standard_normal((batch, q_len, num_q_heads, head_dim)), dtype)
-    problem = make_problem(query, num_kv_heads=num_kv_heads, **options)
-    key = generator.standard_normal((batch, problem.kv_len, num_kv_heads, head_dim)) if key is None else key
-    units = oracle.compress(key, problem.kernel_size, problem.kernel_stride)
-    coarse = oracle.compress(key, problem.coarse_kernel_size, problem.coarse_kernel_stride)
-    offset = problem.kv_len - q_len if q_offset is None else q_offset
-    positions = np.reshape(offset, (-1, 1)) + np.arange(q_len)
-    return Call(
-        query,
-        jnp.asarray(units, dtype),
-        jnp.asarray(coarse, dtype) if use_coarse else None,
-        jnp.asarray(positions, jnp.int32),
-        problem,
-    )
+def run(call: Call, **options) -> np.ndarray:
+    return call.run(select_from_units, **options)
 
 
 def assert_as_defined(call: Call, **options) -> None:
     lists, scores = call.define()
-    found = call.run(**options)
+    found = run(call, **options)
     assert found.shape == lists.shape and found.dtype == np.int32
     oracle.assert_same_up_to_rounding(found, lists, scores)
 
@@ -143,13 +105,6 @@ def test_chunked_prefill(q_offset, use_coarse):
     assert_as_defined(make_call(43, 8, 2, batch=2, use_coarse=use_coarse, q_offset=q_offset, **SMALL))
 
 
-def call_with_positions_of_any_order() -> Call:
-    call = make_call(60, 4, 2, batch=2, use_coarse=True, **SMALL)
-    positions = np.random.default_rng(0).integers(-40, 900, (2, 60))
-    positions[0, :4] = 2**31 - 1, -(2**31), 798, 799
-    return dataclasses.replace(call, positions=jnp.asarray(positions, jnp.int32))
-
-
 def test_positions_of_any_order():
     assert_as_defined(call_with_positions_of_any_order())
 
@@ -158,7 +113,7 @@ def test_positions_of_any_order():
 def test_oracle_notices_causality_off_by_one(shift):
     # Blocks of one stride, so that the newest unit decides about blocks that are not forced.
     call = make_call(271, 2, 1, kv_len=271, block_size=16, top_k=3, num_sink_blocks=0, num_local_blocks=1)
-    found, (lists, scores) = call.run(), call.define()
+    found, (lists, scores) = run(call), call.define()
     oracle.assert_same_up_to_rounding(found, lists, scores)
     with pytest.raises(AssertionError):
         oracle.assert_same_up_to_rounding(found, call.define(visibility_shift=shift)[0], scores)
@@ -179,25 +134,14 @@ def test_forced_blocks(q_offset, is_causal, sinks, local):
     assert_as_defined(make_call(50, 2, 1, q_offset=q_offset, **SMALL, **options))
 
 
-def call_of_many_segments(key_of: str) -> Call:
-    """Long lists of candidates, in the order that makes the most and the least of them interim winners."""
-    key = None
-    if key_of != "random":
-        key = np.zeros((1, 2000, 1, 64))
-        key[..., 0] = np.linspace(-1, 1, 2000)[:, None] * (1 if key_of == "ascending" else -1)
-    call = make_call(20, 2, 1, key=key, kv_len=2000, block_size=8, kernel_size=8, kernel_stride=4, top_k=40)
-    # Of one sign: else the heads would not agree about the order.
-    return dataclasses.replace(call, query=call.query.at[..., 0].set(abs(call.query[..., 0])))
-
-
 @pytest.mark.parametrize("key_of", ["random", "ascending", "descending"])
 def test_segments_change_nothing(key_of):
     call = call_of_many_segments(key_of)
     lists, scores = call.define()
-    whole = call.run()
+    whole = run(call)
     oracle.assert_same_up_to_rounding(whole, lists, scores)
     for segment_blocks in (1, 17, 64, 100, 249, 250, 2**31 - 1):
-        np.testing.assert_array_equal(call.run(segment_blocks=segment_blocks), whole)
+        np.testing.assert_array_equal(run(call, segment_blocks=segment_blocks), whole)
 
 
 @pytest.mark.parametrize("options", [{}, dict(block_size=8, kernel_size=4, kernel_stride=20)], ids=["overlaps", "gaps"])
@@ -216,20 +160,10 @@ def test_many_blocks():
     scores = score_blocks(call.query, call.compressed, kv_len=kv_len, is_causal=True, **options)
     forced = dict(num_sink_blocks=1, num_local_blocks=2)
     wanted = select_blocks(scores, 128, kv_len=kv_len, block_size=8, is_causal=True, **forced).indices
-    oracle.assert_same_up_to_rounding(call.run(), np.asarray(wanted), np.asarray(scores))
+    oracle.assert_same_up_to_rounding(run(call), np.asarray(wanted), np.asarray(scores))
 
 
 # Ties.
-
-
-def call_with_ties(scale: float) -> Call:
-    # Small integers: equal logits are equal to the bit, and there are many.
-    generator = np.random.default_rng(0)
-    query, key = np.zeros((1, 600, 1, 64)), np.zeros((1, 600, 1, 64))
-    query[..., :2] = generator.integers(-1, 2, (1, 600, 1, 2))
-    key[..., :2] = np.repeat(generator.integers(-1, 2, (1, 38, 1, 2)), 16, axis=1)[:, :600]
-    call = make_call(600, 1, 1, key=key, kv_len=600, scale=scale, top_k=6)
-    return dataclasses.replace(call, query=jnp.asarray(query, jnp.bfloat16))
 
 
 @pytest.mark.parametrize("segment_blocks", [None, 7])
@@ -239,40 +173,22 @@ def test_ties_go_to_the_lower_block(scale, segment_blocks):
     lists, scores = call.define()
     num_equal = (scores[..., None] == scores[..., None, :]).sum(-1)
     assert (num_equal[np.isfinite(scores)] > 1).mean() > 0.5
-    np.testing.assert_array_equal(call.run(segment_blocks=segment_blocks), lists)
+    np.testing.assert_array_equal(run(call, segment_blocks=segment_blocks), lists)
 
 
 def test_ties_in_a_list_that_is_pruned():
     """250 blocks with the same score: more than a list holds."""
     call = make_call(9, 2, 1, kv_len=2000, block_size=8, kernel_size=8, kernel_stride=8, scale=0.0, top_k=40)
-    np.testing.assert_array_equal(call.run(), call.define()[0])
-
-
-def call_with_a_unit_shared_by_two_blocks() -> Call:
-    # Unit 7 spans tokens 112-143, half in block 1 and half in block 2; it alone points along the query.
-    key = np.zeros((1, 512, 1, 64))
-    key[:, 112:144] = 1
-    call = make_call(1, 1, 1, key=key, kv_len=512, top_k=3, num_local_blocks=1)
-    return dataclasses.replace(call, query=jnp.ones_like(call.query))
+    np.testing.assert_array_equal(run(call), call.define()[0])
 
 
 def test_a_unit_shared_by_two_blocks_ties_to_the_lower():
     call = call_with_a_unit_shared_by_two_blocks()
     for segment_blocks in (None, 2):
-        np.testing.assert_array_equal(call.run(segment_blocks=segment_blocks)[0, 0, 0], [0, 1, 7])
+        np.testing.assert_array_equal(run(call, segment_blocks=segment_blocks)[0, 0, 0], [0, 1, 7])
 
 
 # Bad numbers.
-
-
-def calls_with_hidden_units(group_size: int, use_coarse: bool, value: float) -> tuple[Call, Call]:
-    """A call, and the same one with `value` in units that the queries before the 27th do not see."""
-    call = make_call(50, group_size, 1, use_coarse=use_coarse, q_offset=400, top_k=9, **SMALL)
-    first = 105  # of the bad units: the last token of unit 105 is 427
-    changes = dict(compressed=call.compressed.at[:, first:].set(value))
-    if use_coarse:
-        changes["coarse"] = call.coarse.at[:, 25:].set(value)  # the last token of coarse unit 25 is 431
-    return call, dataclasses.replace(call, **changes)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -280,25 +196,9 @@ def calls_with_hidden_units(group_size: int, use_coarse: bool, value: float) -> 
 @pytest.mark.parametrize("group_size", [2, 3])
 def test_bad_numbers_in_units_that_a_query_does_not_see(group_size, use_coarse, value):
     """The other queries of a tile may see them; and no reduction over rows that pad a group may."""
-    clean, found = (call.run() for call in calls_with_hidden_units(group_size, use_coarse, value))
+    clean, found = (run(call) for call in calls_with_hidden_units(group_size, use_coarse, value))
     np.testing.assert_array_equal(found[:, :, :27], clean[:, :, :27])
     assert (found[:, :, 27:] != clean[:, :, 27:]).any()
-
-
-def call_with_a_nan_in_a_unit(use_coarse: bool, pooling: str, reduction: str | None) -> Call:
-    call = make_call(60, 6, 2, use_coarse=use_coarse, pooling=pooling, group_reduction=reduction, top_k=20, **SMALL)
-    return dataclasses.replace(call, compressed=call.compressed.at[:, 40, 0, 3].set(jnp.nan))
-
-
-def assert_nan_scores_are_chosen_only_if_forced(found, lists, scores, use_coarse: bool) -> None:
-    """With a denominator over the coarse units, the blocks of one unit have a NaN; else all of a query that sees it."""
-    if use_coarse:
-        # The rows without a NaN are compared as they are, and what differs by rounding may.
-        oracle.assert_same_up_to_rounding(found, lists, scores)
-    else:
-        heads = found.shape[1] // 2
-        np.testing.assert_array_equal(found[:, :heads], lists[:, :heads])
-        oracle.assert_same_up_to_rounding(found[:, heads:], lists[:, heads:], scores[:, heads:])
 
 
 @pytest.mark.parametrize("reduction", ["sum", "max", None])
@@ -309,32 +209,19 @@ def test_blocks_with_nan_scores_are_chosen_only_if_forced(use_coarse, pooling, r
     with np.errstate(invalid="ignore"):
         lists, scores = call.define()
     assert np.isnan(scores).any() and not np.isnan(scores[:, -1]).any()
-    assert_nan_scores_are_chosen_only_if_forced(call.run(), lists, scores, use_coarse)
-
-
-def calls_with_a_nan_in_the_first_query() -> tuple[Call, Call]:
-    """Without it, and with it. Groups of three heads leave rows of each token empty."""
-    call = make_call(40, 6, 2, **SMALL)
-    return call, dataclasses.replace(call, query=call.query.at[0, 0].set(jnp.nan))
+    assert_nan_scores_are_chosen_only_if_forced(run(call), lists, scores, use_coarse)
 
 
 def test_nan_in_a_query_leaves_the_other_lists():
     clean, bad = calls_with_a_nan_in_the_first_query()
-    np.testing.assert_array_equal(bad.run()[:, :, 1:], clean.run()[:, :, 1:])
-
-
-def call_with_infinite_logits(where: str) -> Call:
-    call = make_call(40, 4, 2, use_coarse=True, top_k=8, **SMALL)
-    if where == "query":
-        return dataclasses.replace(call, query=call.query.at[:, 7, 1, 0].set(jnp.inf))
-    return dataclasses.replace(call, compressed=call.compressed.at[:, 30, 1, 0].set(jnp.inf))
+    np.testing.assert_array_equal(run(bad)[:, :, 1:], run(clean)[:, :, 1:])
 
 
 @pytest.mark.parametrize("where", ["query", "unit"])
 def test_infinite_logits_are_as_in_xla(where):
     call = call_with_infinite_logits(where)
     expected = xla.select_from_units(call.query, call.compressed, call.coarse, call.positions, problem=call.problem)
-    np.testing.assert_array_equal(call.run(), expected)
+    np.testing.assert_array_equal(run(call), expected)
 
 
 # The order of blocks and threads, transformations, sizes.
@@ -343,16 +230,16 @@ def test_infinite_logits_are_as_in_xla(where):
 @pytest.mark.parametrize("group_size", [4, 16])
 def test_order_of_blocks_and_threads_changes_nothing(group_size, monkeypatch):
     call = make_call(40, group_size, 1, use_coarse=True, **SMALL)
-    expected = call.run(segment_blocks=20)
+    expected = run(call, segment_blocks=20)
     for seed in ("1", "2", "3"):
         monkeypatch.setenv(library.SEED, seed)
-        np.testing.assert_array_equal(call.run(segment_blocks=20), expected)
+        np.testing.assert_array_equal(run(call, segment_blocks=20), expected)
 
 
 @pytest.mark.parametrize("q_len, kv_len", [(0, 100), (5, 0), (0, 0)])
 def test_empty_lengths(q_len, kv_len):
     call = make_call(q_len, kv_len=kv_len, use_coarse=True)
-    found = call.run()
+    found = run(call)
     assert found.shape == (1, 2, q_len, 5) and (found == -1).all()
 
 
@@ -389,7 +276,7 @@ def test_sharding_by_batch_and_heads_needs_no_collectives(reduction):
     assert not [line for line in text.splitlines() if any(name in line for name in COLLECTIVES)]
     found = select(*arrays)
     assert found.sharding.shard_shape(found.shape) == (1, found.shape[1] // 2, 12, 5)
-    np.testing.assert_array_equal(found, call.run())
+    np.testing.assert_array_equal(found, run(call))
 
 
 def test_lists_for_which_only_one_token_has_room():
@@ -400,7 +287,7 @@ def test_lists_for_which_only_one_token_has_room():
 def test_sizes_that_do_not_fit():
     call = make_call(2, 1, 1, kv_len=120_000, block_size=4, kernel_size=4, kernel_stride=4, top_k=25_000)
     with pytest.raises(jax.errors.JaxRuntimeError, match="top_k 25000 and 30000 blocks of keys do not fit"):
-        call.run()
+        run(call)
 
 
 # Random calls.

@@ -16,6 +16,7 @@ from kernel_cases import (
     FEW_BLOCKS,
     FEW_ROWS_WITH_WINDOW,
     assert_same,
+    lower_for_hopper,
     make_plan,
     small_case,
     split,
@@ -162,19 +163,11 @@ def test_vmap_folds_into_the_batch():
 # --- without an interpreter: what is refused, and lowering ---
 
 
-@pytest.fixture
-def on_hopper(monkeypatch):
-    """Problems say that they are of an H100, for which they can be lowered anywhere."""
-    monkeypatch.setattr("sparse_attn_jax.validation.device_of", lambda x: ("gpu", "9.0"))
-
-
 def lowered(inputs: Inputs) -> str:
-    run = jax.jit(scalar(inputs))
-    return run.trace(inputs.operands, inputs.selection).lower(lowering_platforms=("cuda",)).as_text()
+    return lower_for_hopper(scalar(inputs), inputs.operands, inputs.selection)
 
 
 @needs_mosaic
-@pytest.mark.usefixtures("on_hopper")
 @pytest.mark.parametrize("kv_block_size", mosaic.KV_BLOCK_SIZES)
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 def test_every_size_lowers_for_a_gpu(head_dim, kv_block_size):
@@ -184,14 +177,12 @@ def test_every_size_lowers_for_a_gpu(head_dim, kv_block_size):
 
 
 @needs_mosaic
-@pytest.mark.usefixtures("on_hopper")
 @pytest.mark.parametrize("name", ["everything", "d64_fp16", "wide_value_bf16", "decode_bf16", "group32_bf16"])
 def test_options_lower_for_a_gpu(name):
     assert "mosaic_gpu" in lowered(small_case(name))
 
 
 @needs_mosaic
-@pytest.mark.usefixtures("on_hopper")
 def test_checkpoint_and_scan_lower_for_a_gpu():
     """The interpreter has effects that `jax.checkpoint` does not take."""
     inputs = small_case("group2_bf16")
@@ -200,8 +191,7 @@ def test_checkpoint_and_scan_lower_for_a_gpu():
         step = jax.checkpoint(lambda x, _: (attend_with(inputs)(**inputs.operands | dict(query=x))[0], None))
         return (jax.lax.scan(step, query, None, length=2)[0].astype(jnp.float32) ** 2).sum()
 
-    run = jax.jit(jax.value_and_grad(layers))
-    assert "mosaic_gpu" in run.trace(inputs.operands["query"]).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in lower_for_hopper(jax.value_and_grad(layers), inputs.operands["query"])
 
 
 @pytest.mark.parametrize(
@@ -250,6 +240,19 @@ MUTATIONS = (
     ("attention_backward", 'plgpu.barrier_wait(memory["sums_ready"])', "None"),
     ("attention_backward", "seen = steps.visible(g, rows, columns, [piece], config.keys)", "seen = True"),
     ("attention_backward", "weights * (d_weights - delta)", "weights * d_weights"),
+    ("block_scores", 'plgpu.barrier_wait(own["query_ready"])', "None"),
+    ("block_scores", 'ring.wait_for_room(memory["free"].at[slot], i, config.stages)', "None"),
+    ("block_scores", "logits = jnp.where((first <= position) & (position <= last), logits, -jnp.inf)", "pass"),
+    ("block_scores", "row_sum * jnp.exp2(row_max - shift)", "row_sum"),
+    ("block_scores", "jnp.where(is_seen, score, -jnp.inf)", "score"),
+    ("scoring_layout", "coarse_size - 2)", "coarse_size + 60)"),
+    (
+        "scoring_layout",
+        "end = jnp.where(is_seen.any(-1), g.num_denominators",
+        "end = jnp.where(is_seen.any(-1), -1 + g.num_denominators",
+    ),
+    ("kth_largest", "ranks_of_piece >= least", "ranks_of_piece > least"),
+    ("kth_largest", "BITS - 1 - i", "BITS - 2 - i"),
 )
 
 

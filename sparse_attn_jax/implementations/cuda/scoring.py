@@ -3,13 +3,13 @@
 import jax
 import numpy as np
 
-from sparse_attn_jax.entry_point import EntryPoint, Result
+from sparse_attn_jax.arguments import SELECTION_AXES, SELECTION_RESULTS
+from sparse_attn_jax.entry_point import EntryPoint
 from sparse_attn_jax.implementations.cuda import library
 from sparse_attn_jax.scoring_problem import ScoringProblem
 
-ARGUMENTS = ("bshd", "Uukd", "Uckd", "Qs")  # query, compressed, coarse, positions
-SELECT = EntryPoint(library.custom_call(library.SELECT_BLOCKS), ARGUMENTS, (Result("indices", "bksn", "int32"),))
-SELECT_PER_QUERY_HEAD = EntryPoint(library.custom_call(library.SELECT_BLOCKS), ARGUMENTS, (Result("indices", "bhsn", "int32"),))
+_run = library.custom_call(library.SELECT_BLOCKS)
+SELECT, SELECT_PER_QUERY_HEAD = (EntryPoint(_run, SELECTION_AXES, (result,)) for result in SELECTION_RESULTS)
 
 
 def select_from_units(

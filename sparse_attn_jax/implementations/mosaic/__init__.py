@@ -12,6 +12,8 @@ from sparse_attn_jax.selection import BlockSelection
 if compat.HAS_MOSAIC_GPU:
     from sparse_attn_jax.implementations.mosaic.attention_backward import backward as backward
     from sparse_attn_jax.implementations.mosaic.attention_forward import forward as forward
+    from sparse_attn_jax.implementations.mosaic.scoring import reasons_of_size
+    from sparse_attn_jax.implementations.mosaic.scoring import select_from_units as select_from_units
 
 COMPUTE_CAPABILITY = "9.0"
 DTYPES = ("bfloat16", "float16")
@@ -35,20 +37,11 @@ def build_plan(problem: Problem, selection: BlockSelection) -> TilePlan:
 
 def supports(problem: Problem) -> tuple[str, ...]:
     """Reasons against running `problem`, forward and backward."""
-    reasons = []
-    if not compat.HAS_MOSAIC_GPU:
-        reasons.append("this version of JAX has no Pallas Mosaic GPU that the kernels can use; supported: 0.11 and newer")
-    if problem.platform != "gpu" and not (problem.platform == "cpu" and compat.interprets_kernels()):
-        reasons.append(f"platform is {problem.platform!r}; supported: 'gpu', and 'cpu' inside force_gpu_interpret_mode")
-    if problem.platform == "gpu" and problem.compute_capability != COMPUTE_CAPABILITY:
-        reasons.append(f"compute capability is {problem.compute_capability}; supported: {COMPUTE_CAPABILITY}")
-    if problem.dtype not in DTYPES:
-        reasons.append(f"dtype is {problem.dtype}; supported: {', '.join(DTYPES)}")
+    reasons = _reasons_of_device(problem)
     if problem.kv_block_size not in KV_BLOCK_SIZES:
         reasons.append(f"kv_block_size is {problem.kv_block_size}; supported: {', '.join(map(str, KV_BLOCK_SIZES))}")
-    for name in ("head_dim", "value_head_dim"):
-        if getattr(problem, name) > MAX_HEAD_DIM:
-            reasons.append(f"{name} is {getattr(problem, name)}; supported: at most {MAX_HEAD_DIM}")
+    if problem.value_head_dim > MAX_HEAD_DIM:
+        reasons.append(f"value_head_dim is {problem.value_head_dim}; supported: at most {MAX_HEAD_DIM}")
     if problem.predicate is not None:
         reasons.append(f"the selection has a predicate, {problem.predicate}; supported: none")
     keys = problem.batch * problem.num_kv_heads * problem.kv_len * max(problem.head_dim, problem.value_head_dim)
@@ -63,5 +56,23 @@ def supports(problem: Problem) -> tuple[str, ...]:
 
 def supports_scoring(problem: ScoringProblem) -> tuple[str, ...]:
     """Reasons against scoring and selecting blocks for `problem`."""
-    del problem
-    return ("this version of sparse_attn_jax has no Pallas kernel of block selection",)
+    reasons = _reasons_of_device(problem)
+    if problem.unit_dtype != problem.dtype:
+        reasons.append(f"the compressed keys are {problem.unit_dtype}; supported: the dtype of query, which is {problem.dtype}")
+    return tuple(reasons or reasons_of_size(problem))
+
+
+def _reasons_of_device(problem: Problem | ScoringProblem) -> list[str]:
+    """Reasons of JAX and the device, and those against dtype and head_dim."""
+    reasons = []
+    if not compat.HAS_MOSAIC_GPU:
+        reasons.append("this version of JAX has no Pallas Mosaic GPU that the kernels can use; supported: 0.11 and newer")
+    if problem.platform != "gpu" and not (problem.platform == "cpu" and compat.interprets_kernels()):
+        reasons.append(f"platform is {problem.platform!r}; supported: 'gpu', and 'cpu' inside force_gpu_interpret_mode")
+    if problem.platform == "gpu" and problem.compute_capability != COMPUTE_CAPABILITY:
+        reasons.append(f"compute capability is {problem.compute_capability}; supported: {COMPUTE_CAPABILITY}")
+    if problem.dtype not in DTYPES:
+        reasons.append(f"dtype is {problem.dtype}; supported: {', '.join(DTYPES)}")
+    if problem.head_dim > MAX_HEAD_DIM:
+        reasons.append(f"head_dim is {problem.head_dim}; supported: at most {MAX_HEAD_DIM}")
+    return reasons

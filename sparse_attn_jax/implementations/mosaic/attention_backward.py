@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from sparse_attn_jax import compat
 from sparse_attn_jax.arguments import AXES, attention_arguments
 from sparse_attn_jax.entry_point import EntryPoint, Result
 from sparse_attn_jax.implementations.mosaic import layout, prepare, ring, steps
@@ -168,8 +169,12 @@ def differentiate_queries(g: Geometry, config: QueryGradientConfig, inputs: dict
       config: how to run it.
       inputs: those of the forward, and those of `prepare.gradient_inputs`.
     """
+
+    def query_gradient(inputs, d_query, memory):
+        _query_kernel(g, config, inputs, d_query, memory)
+
     return plgpu.kernel(
-        lambda inputs, d_query, memory: _query_kernel(g, config, inputs, d_query, memory),
+        query_gradient,
         out_type=jax.ShapeDtypeStruct((g.batch, g.num_kv_heads, g.num_slices, SLICE_ROWS, g.key_columns), jnp.dtype(g.dtype)),
         grid=(g.num_slices // config.warpgroups, g.num_kv_heads, g.batch),
         grid_names=("item", "head", "batch"),
@@ -276,8 +281,11 @@ def differentiate_keys(
         )
         return found | (dict(bias=jax.ShapeDtypeStruct((*shape, config.keys), jnp.float32)) if g.has_key_bias else {})
 
+    def key_gradient(inputs, outputs, memory):
+        _key_kernel(g, config, inputs, outputs, memory)
+
     found = plgpu.kernel(
-        lambda inputs, outputs, memory: _key_kernel(g, config, inputs, outputs, memory),
+        key_gradient,
         out_type=dict(whole=results(g.num_kv_blocks, jnp.dtype(g.dtype)), partial=results(num_partials, jnp.float32)),
         grid=(inputs["parts"].shape[2] * chunks, g.num_kv_heads, g.batch),
         grid_names=("item", "head", "batch"),
@@ -380,11 +388,11 @@ def _key_kernel(g, config, inputs, outputs, memory):
                 @pl.when(place == prepare.WHOLE)
                 def write_gradient():
                     ref = outputs["whole"][name]
-                    plgpu.store(ref.at[batch, head, block * chunks + chunk], total.astype(ref.dtype), optimized=False)
+                    compat.store_to_global(ref.at[batch, head, block * chunks + chunk], total.astype(ref.dtype))
 
                 @pl.when(place >= 0)
                 def write_partial():
-                    plgpu.store(outputs["partial"][name].at[batch, head, place * chunks + chunk], total, optimized=False)
+                    compat.store_to_global(outputs["partial"][name].at[batch, head, place * chunks + chunk], total)
 
             _add_sums(memory, warpgroup, sums[name], write)
 
@@ -439,7 +447,7 @@ def sum_partials(g: Geometry, partials: jax.Array, ranges: jax.Array) -> jax.Arr
     shape, keys = partials.shape[3:], partials.shape[-1]
     chunks = g.kv_block_size // keys
 
-    def body(partials, ranges, total):
+    def sum_parts(partials, ranges, total):
         batch, head, item = (lax.axis_index(name) for name in ("batch", "head", "item"))
         own = steps.part_of(ranges, batch, head).at[item // chunks]
         first, count = own[0], own[1]
@@ -449,10 +457,10 @@ def sum_partials(g: Geometry, partials: jax.Array, ranges: jax.Array) -> jax.Arr
         @pl.when(count > 0)
         def write():
             found = lax.fori_loop(1, count, lambda i, total: total + load(place(i)), load(place(0)))
-            plgpu.store(total.at[batch, head, item], found, optimized=False)
+            compat.store_to_global(total.at[batch, head, item], found)
 
     return plgpu.kernel(
-        body,
+        sum_parts,
         out_type=jax.ShapeDtypeStruct((g.batch, g.num_kv_heads, g.num_kv_blocks * chunks, *shape), jnp.float32),
         grid=(g.num_kv_blocks * chunks, g.num_kv_heads, g.batch),
         grid_names=("item", "head", "batch"),

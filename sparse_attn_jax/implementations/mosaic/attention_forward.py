@@ -70,9 +70,13 @@ def attend_slices(g: Geometry, config: ForwardConfig, inputs: dict[str, jax.Arra
       config: how to run it.
       inputs: arrays as `layout` makes them: query, key, value, bias, rows, ids, spans; columns and words if there are any.
     """
+
+    def attention_forward(inputs, outputs, memory):
+        _kernel(g, config, inputs, outputs, memory)
+
     slices = (g.batch, g.num_kv_heads, g.num_slices, SLICE_ROWS)
     results = plgpu.kernel(
-        lambda inputs, outputs, memory: _kernel(g, config, inputs, outputs, memory),
+        attention_forward,
         out_type=dict(
             out=jax.ShapeDtypeStruct((*slices, g.value_columns), jnp.dtype(g.dtype)),
             lse=jax.ShapeDtypeStruct(slices, jnp.float32),

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from sparse_attn_jax.block_top_k import pick_blocks
+from sparse_attn_jax.query_chunks import map_chunks
 from sparse_attn_jax.scoring_problem import ScoringProblem, num_units, unit_overlap
 from sparse_attn_jax.selection import num_blocks
 
@@ -56,7 +57,6 @@ def select_from_units(
         heads = num_q_heads if problem.group_reduction is None else num_kv_heads
         return jnp.zeros((batch, heads, 0, problem.top_k), jnp.int32)
     chunk = min(queries_per_chunk or _chunk_length(batch * num_q_heads * compressed.shape[1]), q_len)
-    num_chunks = num_blocks(q_len, chunk)
     units = compressed.astype(jnp.float32).swapaxes(1, 2)
     coarse_units = None if coarse is None else coarse.astype(jnp.float32).swapaxes(1, 2)
     limits = _key_limits(problem, num_buckets)
@@ -69,11 +69,7 @@ def select_from_units(
         bucket = jnp.searchsorted(jnp.asarray(limits[:-1], jnp.int32), chunk_positions.max() + 1)
         return jax.lax.switch(bucket, branches, chunk_query, chunk_positions)
 
-    # The last chunk ends with the last query and repeats some of the chunk before it: a padded query would be a copy of it.
-    starts = jnp.minimum(jnp.arange(num_chunks, dtype=jnp.int32) * chunk, q_len - chunk)
-    ids = jax.lax.map(select_chunk, starts).swapaxes(3, 4)  # [num_chunks, batch, heads, chunk, top_k]
-    whole = jnp.moveaxis(ids[:-1], 0, 2).reshape(batch, ids.shape[2], (num_chunks - 1) * chunk, problem.top_k)
-    return jnp.concatenate([whole, ids[-1][:, :, num_chunks * chunk - q_len :]], axis=2)
+    return map_chunks(select_chunk, q_len, chunk)
 
 
 def _chunk_length(elements_per_query: int) -> int:
