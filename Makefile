@@ -15,7 +15,7 @@ bin := $(VENV)/bin
 ready := $(VENV)/.ready
 cpp := $(shell find csrc -name '*.h' -o -name '*.cc' -o -name '*.cuh' -o -name '*.cu')
 
-.PHONY: help setup cuda kernel-table demo test mutants lint format bench bazel-test clean
+.PHONY: help setup cuda kernel-table pallas-plugin pallas-table pallas-versions demo test mutants lint format bench bazel-test clean
 .DEFAULT_GOAL := help
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make lint        check style and format; 'make format' repairs them"
 	@echo "make bench       time attention side by side with the baselines"
 	@echo "make cuda        compile the CUDA kernels beside the package; needs g++, and no GPU"
+	@echo "make pallas-versions  compile the Pallas kernels for an H100 with every JAX that can; needs no GPU"
 	@echo "make bazel-test  run the tests under Bazel, without a network"
 	@echo "make clean       remove everything these targets made"
 
@@ -51,6 +52,17 @@ cuda: build/cuda/.ready
 
 kernel-table: cuda
 	$(with_bin) python -m tools.kernel_table
+
+# XLA's compiler for GPUs, for the JAX of the environment: in a folder of its own, so that nothing else finds it.
+pallas-plugin: $(ready)
+	$(bin)/python tools/install_pallas_plugin.py
+
+pallas-table: pallas-plugin
+	$(bin)/python -m tools.pallas_table
+
+# In environments of their own.
+pallas-versions: $(ready)
+	$(bin)/python tools/pallas_versions.py $(ARGS)
 
 demo: $(ready)
 	$(bin)/python examples/train_lm.py --out demo_out $(ARGS)

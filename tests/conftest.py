@@ -55,6 +55,8 @@ def mosaic_on_cpu() -> Iterator[None]:
     if jax.default_backend() == "gpu":
         yield
         return
+    if jax.__version_info__ < (0, 12):
+        pytest.skip("the interpreter of JAX 0.11 wants every barrier to be waited for once more at the end")
     from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
     from jax.experimental.pallas import mosaic_gpu as plgpu
 

@@ -44,10 +44,14 @@ def attend_with(implementation: str, inputs: Inputs, selection=None) -> compare.
     return attend
 
 
+def mesh_of_hoppers(size: int = 1) -> jax.sharding.AbstractMesh:
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    return jax.sharding.AbstractMesh((size,), ("data",), (jax.sharding.AxisType.Auto,), abstract_device=device)
+
+
 def trace_for_hopper(run: Callable, *arguments) -> jax.stages.Traced:
     """The program for an H100, which need not be here; it can be lowered for CUDA anywhere."""
-    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)):
+    with jax.sharding.use_abstract_mesh(mesh_of_hoppers()):
         return jax.jit(run).trace(*arguments)
 
 

@@ -18,6 +18,7 @@ from kernel_cases import (
     assert_same,
     lower_for_hopper,
     make_plan,
+    mesh_of_hoppers,
     small_case,
     split,
     with_bad_numbers,
@@ -192,6 +193,33 @@ def test_checkpoint_and_scan_lower_for_a_gpu():
         return (jax.lax.scan(step, query, None, length=2)[0].astype(jnp.float32) ** 2).sum()
 
     assert "mosaic_gpu" in lower_for_hopper(jax.value_and_grad(layers), inputs.operands["query"])
+
+
+@needs_mosaic
+def test_shard_map_lowers_for_gpus():
+    inputs = small_case("group2_bf16", batch=2)
+    mesh, row = mesh_of_hoppers(2), jax.sharding.PartitionSpec("data")
+    loss = lambda *arguments: jax.tree.map(lambda x: x[None], scalar(inputs)(*arguments))
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(jax.shard_map(loss, mesh=mesh, in_specs=row, out_specs=row)).trace(inputs.operands, inputs.selection)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 3 and "all_gather" not in text and "all_reduce" not in text
+
+
+@needs_mosaic
+def test_training_step_is_exported_and_loaded():
+    """Custom calls of Mosaic are stable: nothing has to be allowed by name."""
+    inputs = small_case("group2_bf16")
+
+    def step(operands):
+        value, gradient = scalar(inputs)(operands, inputs.selection)
+        return value, jax.tree.map(lambda x, dx: x - dx, operands, gradient)
+
+    with jax.sharding.use_abstract_mesh(mesh_of_hoppers()):
+        exported = jax.export.export(jax.jit(step), platforms=["cuda"])(inputs.operands)
+    loaded = jax.export.deserialize(exported.serialize())
+    assert loaded.mlir_module().count("mosaic_gpu") == exported.mlir_module().count("mosaic_gpu") > 0
+    assert [x.shape for x in loaded.out_avals[1:]] == [x.shape for x in jax.tree.leaves(inputs.operands)]
 
 
 @pytest.mark.parametrize(
