@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import sparse_attn_jax as sa
 from benchmarks import machine
 from benchmarks.workloads import Workload
+from sparse_attn_jax import dispatch
 from sparse_attn_jax.implementations.cuda import library
 from sparse_attn_jax.testing.inputs import Inputs
 
@@ -92,7 +93,7 @@ def kernels_of(cuda_arch: str) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Selector:
-    """The workload's selector, by the implementation that the library chooses."""
+    """The workload's selector, by one implementation."""
 
     implementation: str
     kind = "selector"
@@ -105,12 +106,10 @@ class Selector:
     def prepare(self, workload: Workload, made: Inputs, mode: str) -> Prepared:
         query, key = made.operands["query"], made.operands["key"]
         options = {name: made.options[name] for name in ("is_causal", "q_offset") if name in made.options}
-        lowered = jax.jit(lambda query, key: workload.selector(query, key, **options).indices).lower(query, key)
-        # A selector has no argument for it: the library chooses.
-        chosen = "cuda" if any(target in lowered.as_text() for target in sa.CUSTOM_CALL_TARGETS) else "xla"
-        if self.implementation != chosen:
-            raise NotImplementedError(f"the library runs this selection on {chosen}")
-        compiled = lowered.compile()
+        # A selector has no argument for it: the library takes the first that can, and this is the only one.
+        only = {self.implementation: dispatch.get(self.implementation)}
+        with mock.patch.object(dispatch, "IMPLEMENTATIONS", only):
+            compiled = jax.jit(lambda query, key: workload.selector(query, key, **options).indices).lower(query, key).compile()
 
         def call():
             jax.block_until_ready(compiled(query, key))

@@ -13,6 +13,7 @@ Stages:
                flex_attention by torch, after a check of every result.
   blocks       the same with a list per block of queries.
   selection    the selection beside the attention to what it chose.
+  configs      the Pallas kernels with every configuration that fits; on compute capability 9.0.
 
 Each stage writes its output to OUT/STAGE.log. OUT/summary.json says how each went, also of stages run before. The exit status
 is 1 if one of them failed now.
@@ -30,6 +31,7 @@ from pathlib import Path
 
 from absl import app, flags
 
+from sparse_attn_jax import compat
 from tools.find_nvcc import candidates
 
 ROOT = Path(__file__).absolute().parent.parent
@@ -63,8 +65,10 @@ def query_gpu(field: str) -> str:
 # Without a GPU, JAX goes on with a CPU.
 ON_A_GPU = [sys.executable, "-c", "import jax; assert jax.default_backend() == 'gpu', jax.devices()"]
 
-# Tests of the simulator, those that need several devices, and one that runs XLA on the simulator's device.
-NOT_ON_A_GPU = "not shard and not simulator and not export and not library and not order_of_blocks and not selector_runs"
+# Tests of the simulator and the interpreter, those that need several devices, and one that runs XLA on the simulator's device.
+NOT_ON_A_GPU = (
+    "not mutat and not shard and not simulator and not export and not library and not order_of_blocks and not selector_runs"
+)
 
 
 def pytest_command(*arguments: str | Path) -> Command:
@@ -73,7 +77,7 @@ def pytest_command(*arguments: str | Path) -> Command:
 
 def conformance_commands(out: Path) -> list[Command]:
     files = ["tests/test_ffi_handlers.py", "tests/test_varlen.py", *sorted(ROOT.glob("tests/test_cuda_*on_cpu.py"))]
-    files += ["tests/test_mosaic.py"] if compute_capability() == "9.0" else []
+    files += ["tests/test_mosaic.py", "tests/test_mosaic_selection.py"] if compute_capability() == "9.0" else []
     workers = ["-n", "8"] if importable("xdist") else []
     return [ON_A_GPU, pytest_command(*files, *workers, "-k", NOT_ON_A_GPU, f"--junitxml={out / 'conformance.xml'}")]
 
@@ -131,7 +135,20 @@ def block_commands(out: Path) -> list[Command]:
 def selection_commands(out: Path) -> list[Command]:
     """The selection, beside the attention to what it chose."""
     sizes = [*PUBLISHED, "--q_len=131072", "--batch=2", "--op=both", "--num_local_blocks=32", "--mode=forward", "--baselines="]
-    return [ON_A_GPU, benchmark_command(out / "selection_131072.json", *sizes, *cuda_kernels())]
+    return [ON_A_GPU, benchmark_command(out / "selection_131072.json", *sizes, *all_kernels())]
+
+
+def config_commands(out: Path) -> list[Command]:
+    """A sweep of the Pallas kernels' configurations, of both ways to select."""
+    if compute_capability() != "9.0" or not compat.HAS_MOSAIC_GPU:
+        return [ON_A_GPU]
+    sweep = ["--implementations=mosaic", "--mosaic_configs", "--baselines=", "--mode=forward_backward"]
+    tokens = [*PUBLISHED, "--q_len=32768", "--batch=2", "--generator=realistic"]
+    blocks = [*MHA, "--generator=random", "--q_block_size=128", "--kv_block_size=128", "--num_slots=26"]
+    commands = [
+        benchmark_command(out / f"configs_{name}.json", *sweep, *of) for name, of in dict(tokens=tokens, blocks=blocks).items()
+    ]
+    return [ON_A_GPU, *commands]
 
 
 STAGES: dict[str, Callable[[Path], list[Command]]] = dict(
@@ -141,6 +158,7 @@ STAGES: dict[str, Callable[[Path], list[Command]]] = dict(
     **{f"tokens_{q_len}": functools.partial(token_commands, q_len) for q_len in PUBLISHED_SIZES},
     blocks=block_commands,
     selection=selection_commands,
+    configs=config_commands,
 )
 
 # For tests, each array is an allocation: an access beyond it is seen, and processes share the GPU.

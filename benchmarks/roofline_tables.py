@@ -16,6 +16,7 @@ from benchmarks.schedules import Schedule
 from benchmarks.selection_model import Selection
 from benchmarks.tile_lists import Lists, sample_lists, tiles_of, visible_pairs
 from benchmarks.workloads import sized_case
+from sparse_attn_jax import compat
 from sparse_attn_jax.scoring_problem import ScoringProblem
 from sparse_attn_jax.selectors import InfLLMV2
 from sparse_attn_jax.testing.cases import Case
@@ -96,6 +97,15 @@ BACKWARD = {
     "dQ A100": Kernel("A100, dQ", schedules.sm80_query_gradient, A100),
     "dK dV A100": Kernel("A100, dK dV", schedules.sm80_key_gradient, A100),
 }
+# Marks of the kernels that the goals are compared with.
+GOAL_MARKS = {"": "SM80", " lean": "SM80 lean", " SM90": "SM90"}
+if compat.HAS_MOSAIC_GPU:
+    from benchmarks import mosaic_schedules
+
+    FORWARD["forward Pallas"] = Kernel("Pallas", mosaic_schedules.forward, H100)
+    BACKWARD["dQ Pallas"] = Kernel("Pallas dQ", mosaic_schedules.query_gradient, H100)
+    BACKWARD["dK dV Pallas"] = Kernel("Pallas dK dV", mosaic_schedules.key_gradient, H100)
+    GOAL_MARKS[" Pallas"] = "Pallas"
 KERNELS = FORWARD | BACKWARD
 
 
@@ -195,16 +205,15 @@ def goal_sections(entries: Sequence[Entry]) -> str:
         for lists in GENERATORS:
             find = functools.partial(best, entries, case=case, lists=lists)
             goal = published.forward / FORWARD_GOAL
-            names = ("forward", "forward lean", "forward SM90")
             line = [f"{case.q_len:,}", lists, f"{published.forward:.1f}", f"{goal:.1f}"]
-            forward.append(line + [cell([find(name)], goal) for name in names])
+            forward.append(line + [cell([find(f"forward{mark}")], goal) for mark in GOAL_MARKS])
             goal = published.training / TRAINING_GOAL
             line = [f"{case.q_len:,}", lists, f"{published.training:.1f}", f"{goal:.1f}"]
-            passes = [[find(name + mark) for name in ("forward", "dQ", "dK dV")] for mark in ("", " lean", " SM90")]
+            passes = [[find(name + mark) for name in ("forward", "dQ", "dK dV")] for mark in GOAL_MARKS]
             extra_ms = 1e3 * delta_seconds(case, H100)
             training.append(line + [cell(parts, goal, extra_ms) for parts in passes])
     header = ["tokens", "lists", "published ms, InfLLM-v2", "goal ms"]
-    labels = ["predicted ms: SM80", "predicted ms: SM80 lean", "predicted ms: SM90"]
+    labels = [f"predicted ms: {label}" for label in GOAL_MARKS.values()]
     marks = "tokens per tile in brackets, * meets the goal"
     titles = (
         f"Forward on an H100; goal: {FORWARD_GOAL}x InfLLM-v2 ({marks})",

@@ -38,6 +38,7 @@ from benchmarks.contenders import FORWARD, FORWARD_BACKWARD
 from benchmarks.measure import TIMED, WRONG, Outcome, Settings, measure
 from benchmarks.presets import BASELINES, BOTH_PASSES, Section, make_contenders, readme_sections
 from benchmarks.workloads import Workload, named_workload, sized_case
+from sparse_attn_jax import compat
 from sparse_attn_jax.testing.cases import CASES
 
 IMPLEMENTATIONS = ("xla", "mosaic", "cuda")
@@ -50,6 +51,7 @@ flags.DEFINE_enum(
 flags.DEFINE_enum("op", "attention", ["attention", "selection", "both"], "What to time. `both`: attend to what was selected.")
 flags.DEFINE_list("implementations", ["xla"], f"Our contenders, of {', '.join(IMPLEMENTATIONS)}.")
 flags.DEFINE_list("cuda_arch", [], f"Of {', '.join(CUDA_ARCHS)}: cuda is timed with the kernels of each; default: the newest.")
+flags.DEFINE_boolean("mosaic_configs", False, "Also mosaic with every configuration of its kernels that fits: a sweep.")
 flags.DEFINE_list("baselines", list(BASELINES), f"Of {', '.join(BASELINES)}; empty for none.")
 flags.DEFINE_list("cases", [], "Names of cases in sparse_attn_jax/testing/cases.py, in place of sizes.")
 flags.DEFINE_integer("batch", 1, "Sequences.", lower_bound=1)
@@ -115,6 +117,8 @@ def check_flags() -> None:
         raise app.UsageError(reason)
     if FLAGS.cuda_arch and "cuda" not in FLAGS.implementations:
         raise app.UsageError(f"--cuda_arch={','.join(FLAGS.cuda_arch)} needs cuda among --implementations.")
+    if FLAGS.mosaic_configs and (FLAGS.op == "selection" or FLAGS.cases or not compat.HAS_MOSAIC_GPU):
+        raise app.UsageError("--mosaic_configs is of attention of explicit sizes, and needs JAX 0.11 or newer.")
     if FLAGS.op != "attention" and FLAGS.cases:
         raise app.UsageError("--cases come with their own lists; --op=selection and --op=both need explicit sizes.")
     if FLAGS.num_q_heads % FLAGS.num_kv_heads:
@@ -129,6 +133,10 @@ def section_of_flags() -> Section:
     if FLAGS.cases:
         return Section("Named cases", tuple(named_workload(name, FLAGS.seed) for name in FLAGS.cases), contenders, modes)
     workloads = tuple(sized_workload(int(q_len)) for q_len in FLAGS.q_len)
+    if FLAGS.mosaic_configs:
+        from benchmarks.mosaic_configs import contenders_for  # needs JAX 0.11
+
+        contenders += contenders_for(workloads[0].case)
     return Section(f"--op={FLAGS.op}", workloads, contenders, modes, is_sweep=True)
 
 

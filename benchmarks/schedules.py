@@ -51,6 +51,7 @@ class Schedule:
       chunk_blocks: blocks of a chunk. Several are walked without those that no row sees.
       strip_tokens: `None`: whole tiles are walked. Else strips of so many tokens, those of which one chose the block, as many
         in a piece as fit into `rows`.
+      skips: a unit does not compute a step in which its rows see nothing.
       tells_threads: a CTA computes several slices, and each of its threads reads in shared memory which comes next.
     """
 
@@ -74,6 +75,7 @@ class Schedule:
     tensor: str = "mma"
     chunk_blocks: int = 1
     strip_tokens: int | None = None
+    skips: bool = True
     tells_threads: bool = False
 
     @property
@@ -330,7 +332,7 @@ class Work:
 
 def work_of(schedule: Schedule, lists: Lists, l2_capacity: float = np.inf) -> Work:
     if schedule.owns == "queries":
-        find = query_major_work if schedule.chunk_blocks == 1 else packed_work
+        find = packed_work if schedule.chunk_blocks > 1 and schedule.skips else query_major_work
     else:
         find = strip_work if schedule.strip_tokens else key_major_work
     return find(schedule, lists, tiles_of(lists, schedule.tokens), l2_capacity)
@@ -339,10 +341,15 @@ def work_of(schedule: Schedule, lists: Lists, l2_capacity: float = np.inf) -> Wo
 def query_major_work(schedule: Schedule, lists: Lists, tiles: Tiles, l2_capacity: float) -> Work:
     case, scale = lists.case, lists.coverage * lists.repeats
     slices = slices_of_tile(schedule, case)
-    pieces = tiles.blocks * (case.kv_block_size // schedule.keys) * slices
-    keys = (tiles.blocks * case.kv_block_size - tiles.has_last * missing_keys(lists)) * slices
-    tokens, repeats = group_of_rows(case, WARP_ROWS * schedule.unit_warps)
-    steps = seen_by_groups(lists, schedule.tokens, tokens, schedule.keys, case.kv_len) * repeats
+    # Blocks of less than a chunk share one, and there is a whole number of chunks.
+    chunks = -(-tiles.blocks * case.kv_block_size // schedule.keys)
+    pieces = chunks * slices
+    keys = (chunks * schedule.keys - tiles.has_last * missing_keys(lists)) * slices
+    if schedule.skips:
+        tokens, repeats = group_of_rows(case, WARP_ROWS * schedule.unit_warps)
+        steps = seen_by_groups(lists, schedule.tokens, tokens, schedule.keys, case.kv_len) * repeats
+    else:
+        steps = pieces.sum() * schedule.units
     missed = keys * miss_rate(tiles.visible * row_pair_bytes(case), l2_capacity)
     return Work(
         ctas=len(pieces) * slices * scale,
@@ -379,16 +386,20 @@ def key_major_work(schedule: Schedule, lists: Lists, tiles: Tiles, l2_capacity: 
     rows = tiles.visit_tokens * group_size(case) * lists.coverage
     parts = parts_of_lists(lists, schedule.tokens, lengths)
     keys = keys_of_blocks(lists)
-    tokens, repeats = group_of_rows(case, PART_ROWS)
-    group = (lists, schedule.tokens, tokens, WARP_ROWS, lists.num_kv_blocks * case.kv_block_size)
-    scale = lists.coverage * lists.repeats
+    pieces = lengths.sum() * slices * chunks * lists.repeats
+    steps, edge_steps = pieces, 0.0
+    if schedule.skips:
+        tokens, repeats = group_of_rows(case, PART_ROWS)
+        group = (lists, schedule.tokens, tokens, WARP_ROWS, lists.num_kv_blocks * case.kv_block_size)
+        scale = repeats * lists.coverage * lists.repeats
+        steps, edge_steps = seen_by_groups(*group) * scale, edges_of_groups(*group) * scale
     return Work(
         ctas=parts.sum() * chunks * lists.repeats,
         owned=(parts * keys).sum() * lists.repeats,
-        pieces=lengths.sum() * slices * chunks * lists.repeats,
+        pieces=pieces,
         items=rows.sum() * chunks * lists.repeats,
-        steps=seen_by_groups(*group) * repeats * scale,
-        edge_steps=edges_of_groups(*group) * repeats * scale,
+        steps=steps,
+        edge_steps=edge_steps,
         longest=np.ceil(lengths / parts).max() * slices,
         missed=(rows * miss_rate(reach_of_blocks(lists), l2_capacity)).sum() * chunks * lists.repeats,
         summed=((parts > 1) * parts * keys).sum() * lists.repeats,

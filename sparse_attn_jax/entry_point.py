@@ -123,6 +123,11 @@ def _layers(entry, sizes, without, may_partition, attributes):
     return mapped
 
 
+def forget_calls() -> None:
+    """What is called from now on is traced anew, though it has been before: kernels may have other configurations."""
+    _layers.cache_clear()
+
+
 def fold(entry: EntryPoint, axis_size: int, is_mapped: list[bool], arrays: tuple[jax.Array, ...]) -> list[jax.Array]:
     """The arguments of one call for all of a mapped axis, which comes first in the arrays that have it.
 

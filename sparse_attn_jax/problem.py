@@ -97,7 +97,10 @@ def device_of(x: Any) -> tuple[str, str | None]:
     """
     concrete = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
     wanted = jax.sharding.get_abstract_mesh().abstract_device
-    if not concrete and wanted is not None and wanted.device_kind != jax.local_devices()[0].device_kind:
+    if not concrete and wanted is not None:
+        here = jax.local_devices()[0]
+        if wanted.device_kind == here.device_kind:
+            return here.platform, getattr(here, "compute_capability", None)
         words = wanted.device_kind.replace("-", " ").split()
         found = (capability for word, capability in COMPUTE_CAPABILITIES.items() if word in words)
         return ("gpu" if wanted.platform == "cuda" else wanted.platform), next(found, None)

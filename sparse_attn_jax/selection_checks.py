@@ -90,6 +90,8 @@ def check_unit_array(
         )
     if like is not None and (units.shape[0], *units.shape[2:]) != (like.shape[0], *like.shape[2:]):
         raise ValueError(f"`{name}` has shape {units.shape}; all but its units must equal those of {like.shape}.")
+    if like is not None and units.dtype != like.dtype:
+        raise ValueError(f"`{name}` is {units.dtype}; it must be {like.dtype}, as the other units are.")
 
 
 def check_q_offset(q_offset: object, batch: int, q_len: int, kv_len: int) -> None:

@@ -17,7 +17,10 @@ from absl.testing import flagsaver
 
 import sparse_attn_jax as sa
 from benchmarks import checks, gpu_suite, memory, presets, report, run, timing, workloads
+from benchmarks.contenders import Implementation
 from benchmarks.measure import TIMED, UNAVAILABLE, WRONG, Outcome, Row
+from benchmarks.workloads import Workload, sized_case
+from sparse_attn_jax import compat
 from sparse_attn_jax.implementations.cuda import library
 from sparse_attn_jax.testing import compare
 from sparse_attn_jax.testing.cases import CASES, case_named
@@ -141,6 +144,23 @@ def test_dense_baseline_stops_at_its_length(tmp_path):
 
 def shifted_causality(query, key, *arguments, **options):
     return attend(query, key, *arguments, **options | dict(q_offset=key.shape[1] - query.shape[1] + 1))
+
+
+@pytest.mark.skipif(not compat.HAS_MOSAIC_GPU, reason="needs JAX 0.11 or newer")
+def test_configurations_of_a_sweep(mosaic_on_cpu):
+    """Each fits, none is the kernels' own choice, and it is the one that runs; the results are the same."""
+    from benchmarks import mosaic_configs
+
+    sizes = dict(num_q_heads=4, num_kv_heads=2, head_dim=64, q_block_size=1, kv_block_size=16, num_slots=2)
+    workload = Workload(sized_case(seed=0, batch=1, q_len=70, kv_len=None, is_causal=True, dtype="bfloat16", **sizes))
+    found = {contender.name: contender for contender in mosaic_configs.contenders_for(workload.case)}
+    assert len(found) >= 8 and "mosaic forward: warpgroups 1, stages 2" in found
+    made = workload.make_inputs()
+    prepared = [
+        contender.prepare(workload, made, "forward").results(made.d_out)["out"]
+        for contender in (Implementation("mosaic"), found["mosaic forward: warpgroups 1, stages 2"])
+    ]
+    np.testing.assert_array_equal(*prepared)
 
 
 def dropped_block(*arguments, selection, **options):

@@ -184,6 +184,13 @@ def test_options_lower_for_a_gpu(name):
 
 
 @needs_mosaic
+def test_attention_lowers_where_integers_have_64_bits():
+    inputs = small_case("everything")
+    with jax.enable_x64(True):
+        assert "mosaic_gpu" in lowered(inputs)
+
+
+@needs_mosaic
 def test_checkpoint_and_scan_lower_for_a_gpu():
     """The interpreter has effects that `jax.checkpoint` does not take."""
     inputs = small_case("group2_bf16")

@@ -1,12 +1,13 @@
 """The Pallas kernels of block selection in JAX's interpreter of GPUs, which finds races, against the definition in float64."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_cases import lower_for_hopper, trace_for_hopper
+from kernel_cases import lower_for_hopper, mesh_of_hoppers, trace_for_hopper
 from selection_calls import (
     SMALL,
     Call,
@@ -31,8 +32,9 @@ from sparse_attn_jax.testing import selection_oracle as oracle
 from sparse_attn_jax.testing.selection_cases import CASES, make_problem
 
 if compat.HAS_MOSAIC_GPU:
-    from sparse_attn_jax.implementations.mosaic import scoring
     from sparse_attn_jax.implementations.mosaic.kth_largest import kth_largest
+
+SELECTOR = sa.selectors.InfLLMV2()
 
 needs_mosaic = pytest.mark.skipif(not compat.HAS_MOSAIC_GPU, reason="needs JAX 0.11 or newer")
 interpreted = pytest.mark.usefixtures("mosaic_on_cpu")
@@ -122,12 +124,16 @@ def test_sinks_after_the_own_block():
 
 
 @interpreted
-def test_queries_are_walked_in_chunks(monkeypatch):
-    call = make_call(150, 4, 2, use_coarse=True, **SMALL)
+def test_queries_are_walked_in_chunks():
+    call = make_call(150, 16, 2, use_coarse=True, **SMALL)
     whole = run(call)
     oracle.assert_same_up_to_rounding(whole, *call.define())
-    monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", 1)
-    np.testing.assert_array_equal(run(call), whole)
+    in_chunks = functools.partial(mosaic.select_from_units, chunk_elements=1)
+    np.testing.assert_array_equal(call.run(in_chunks), whole)
+    arrays = call.query, call.compressed, call.coarse, call.positions
+    program = lambda select: str(jax.make_jaxpr(functools.partial(select, problem=call.problem))(*arrays))
+    # 32 queries at a time.
+    assert "length=5\n" in program(in_chunks) and "length=5\n" not in program(mosaic.select_from_units)
 
 
 @interpreted
@@ -194,6 +200,17 @@ def test_vmap_folds_into_the_batch():
 
 
 @interpreted
+def test_vmap_over_queries_alone():
+    """Units and positions have fewer rows than the batch becomes, which repeat."""
+    call = make_call(12, batch=2, use_coarse=True, q_offset=(3, 700), **SMALL)
+    queries = jnp.stack([call.query, 2 * call.query])
+    select = lambda query: dataclasses.replace(call, query=query).run(mosaic.select_from_units)
+    arrays = call.compressed, call.coarse, call.positions
+    mapped = jax.vmap(lambda query: mosaic.select_from_units(query, *arrays, problem=call.problem))
+    np.testing.assert_array_equal(jax.jit(mapped)(queries), np.stack([*map(select, queries)]))
+
+
+@interpreted
 @pytest.mark.parametrize("num_entries", [3, 64, 700])
 def test_kth_largest(num_entries):
     """Through the lists that are made with it, of scores with many ties, NaNs and infinities."""
@@ -219,13 +236,40 @@ def test_a_program_for_another_gpu_gets_its_kernels():
 
 
 @needs_mosaic
-@pytest.mark.parametrize("reduction", ["sum", None])
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_selectors_lower_for_a_gpu(head_dim, reduction):
-    query, key = (jax.ShapeDtypeStruct((2, 4096, heads, head_dim), "bfloat16") for heads in (32, 2))
-    selector = sa.selectors.InfLLMV2(group_reduction=reduction)
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("group_size", [1, 2, 3, 5, 12, 16, 17, 32])
+def test_selectors_lower_for_a_gpu(group_size, head_dim):
+    query, key = (jax.ShapeDtypeStruct((2, 4096, heads, head_dim), "bfloat16") for heads in (2 * group_size, 2))
+    text = lower_for_hopper(lambda query, key: SELECTOR(query, key, is_causal=True).indices, query, key)
+    assert text.count("custom_call @mosaic_gpu") == 2
+
+
+@needs_mosaic
+def test_selectors_lower_where_integers_have_64_bits():
+    query, key = (jax.ShapeDtypeStruct((2, 4096, heads, 64), "bfloat16") for heads in (8, 2))
+    with jax.enable_x64(True):
+        text = lower_for_hopper(lambda query, key: SELECTOR(query, key, is_causal=True).indices, query, key)
+    assert text.count("custom_call @mosaic_gpu") == 2
+
+
+@needs_mosaic
+@pytest.mark.parametrize("q_len", [1, 300])
+def test_lists_per_query_head_and_few_queries_lower_for_a_gpu(q_len):
+    query, key = (jax.ShapeDtypeStruct((2, length, heads, 128), "bfloat16") for length, heads in ((q_len, 8), (4096, 2)))
+    selector = dataclasses.replace(SELECTOR, group_reduction=None, coarse_lse=False)
     text = lower_for_hopper(lambda query, key: selector(query, key, is_causal=True).indices, query, key)
     assert text.count("custom_call @mosaic_gpu") == 2
+
+
+@needs_mosaic
+def test_shard_map_lowers_for_gpus():
+    query, key = (jax.ShapeDtypeStruct((4, 4096, heads, 64), "bfloat16") for heads in (8, 2))
+    mesh, row = mesh_of_hoppers(2), jax.sharding.PartitionSpec("data")
+    select = lambda query, key: SELECTOR(query, key, is_causal=True).indices
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(jax.shard_map(select, mesh=mesh, in_specs=row, out_specs=row)).trace(query, key)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 2 and "all_gather" not in text
 
 
 @pytest.mark.parametrize(
@@ -236,6 +280,7 @@ def test_selectors_lower_for_a_gpu(head_dim, reduction):
         (dict(head_dim=320), "head_dim is 320; supported: at most 256"),
         (dict(compute_capability="8.0"), "compute capability is 8.0; supported: 9.0"),
         (dict(num_q_heads=256, head_dim=256), "the group size is 128 and head_dim 256, which needs"),
+        (dict(kernel_size=512), "kernel_size is 512; supported: at most 4 blocks, of 64"),
     ],
 )
 def test_reasons(changes, reason):

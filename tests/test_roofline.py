@@ -18,12 +18,21 @@ from benchmarks.prediction import predict
 from benchmarks.roofline_tables import INFLLM_V2, TOKEN_CASES
 from benchmarks.tile_lists import Lists, lists_of_case, lists_of_density, sample_lists, tiles_of, visible_pairs
 from benchmarks.workloads import count_pairs, sized_case
+from sparse_attn_jax import compat
 from sparse_attn_jax.implementations.cuda import library
 from sparse_attn_jax.testing import inputs
 from sparse_attn_jax.testing.cases import Case, case_named
 from sparse_attn_jax.testing.inputs import make_inputs
+from tools import pallas_table
 
 pytestmark = pytest.mark.kernels
+needs_mosaic = pytest.mark.skipif(not compat.HAS_MOSAIC_GPU, reason="needs JAX 0.11 or newer")
+
+if compat.HAS_MOSAIC_GPU:
+    from benchmarks import mosaic_schedules
+
+    PALLAS_SCHEDULES = mosaic_schedules.forward, mosaic_schedules.key_gradient, mosaic_schedules.query_gradient
+    PALLAS_WALKS = PALLAS_SCHEDULES[:2]
 
 DOCUMENT = (Path(__file__).absolute().parent.parent / "docs" / "performance.md").read_text()
 COUNTERS = ("global_loaded", "global_stored", "shared_loaded", "shared_stored", "matrix_instructions")
@@ -193,6 +202,30 @@ def test_threads_and_shared_memory_are_those_of_sm90(head_dim, kv_block_size, to
         assert found == {(schedule.threads, schedule.shared_bytes)}, config
 
 
+@needs_mosaic
+@pytest.mark.parametrize("case, tokens", COUNTED_ON_SM90, ids=lambda x: getattr(x, "name", ""))
+def test_pallas_kernels_walk_what_plans_say(case, tokens):
+    lists, plan = lists_of_case(case), plan_of(case, make_inputs(case).selection, tokens)
+    g, forward, key = (make(case, tokens) for make in (mosaic_schedules.geometry_of, *PALLAS_WALKS))
+    counts = np.broadcast_to(plan.counts, (case.batch, case.num_kv_heads, g.num_tiles))
+    chunks = -(-counts // g.blocks_per_chunk) * g.chunks_per_block
+    found = schedules.work_of(forward, lists)
+    assert found.pieces == chunks.sum() * g.slices_per_tile * 64 // forward.rows
+    assert found.steps == chunks.sum() * g.slices_per_tile
+    assert schedules.work_of(key, lists).steps == counts.sum() * g.slices_per_tile * case.kv_block_size // key.keys
+
+
+@needs_mosaic
+@pytest.mark.parametrize("head_dim, kv_block_size", [(64, 16), (128, 32), (128, 128), (192, 64), (256, 64)])
+def test_shared_memory_is_that_of_the_compiled_pallas_kernels(head_dim, kv_block_size):
+    """Up to what aligns buffers and holds barriers."""
+    case = dataclasses.replace(TOKEN_CASES["32k"], head_dim=head_dim, kv_block_size=kv_block_size)
+    for name, make in zip(("attention_forward", "key_gradient", "query_gradient"), PALLAS_SCHEDULES):
+        line = rf"attention, head_dim {head_dim}, blocks of {kv_block_size} \| {name} \| \d+ \| \d+ \| \d+ \| (\d+)"
+        compiled = int(re.search(line, pallas_table.TABLE.read_text())[1])
+        assert 0 <= make(case, 8).shared_bytes - compiled <= 4096, name
+
+
 @pytest.mark.parametrize("name, tokens", [("group2_bf16", 3), ("q_block100", 32), ("hostile_ids", 1), ("duplicates", 4)])
 def test_unions_are_those_of_plans(name, tokens):
     case = case_named(name)
@@ -322,7 +355,7 @@ def test_every_predicted_column_says_so():
     for header in headers:
         for column in header.strip("|").split("|"):
             words = set(re.findall(r"predicted|published|goal", column))
-            assert len(words) == (1 if re.search(r"ms|TFLOP/s|SM80|SM90|dQ|dK|limit", column) else len(words)), column
+            assert len(words) == (1 if re.search(r"ms|TFLOP/s|SM80|SM90|Pallas|dQ|dK|limit", column) else len(words)), column
 
 
 def test_tables_replace_tables():

@@ -286,6 +286,14 @@ def test_fused_equals_definition(case, use_coarse):
     oracle.assert_same_up_to_rounding(np.asarray(found), wanted, scores)
 
 
+def test_fused_largest_position_sees_all_keys():
+    query, key = make_inputs(3, 799)
+    problem, units = make_problem(query, 799), compress_keys(key)
+    largest, last = (jnp.full((1, 3), position, jnp.int32) for position in (2**31 - 1, 799 + 64 * problem.num_local_blocks))
+    select = lambda positions: select_from_units(query, units, None, positions, problem=problem, num_buckets=3)
+    np.testing.assert_array_equal(select(largest), select(last))
+
+
 @pytest.mark.parametrize("pooling", ["max", "overlap_sum"])
 def test_fused_nan_stays_in_the_blocks_of_its_unit(pooling):
     query, key = make_inputs(10, 300)
@@ -399,6 +407,10 @@ BAD_CALLS = {
     "coarse-stride": ("`coarse_kernel_stride`", lambda: score(QUERY, UNITS, coarse_kernel_stride=0)),
     "coarse-rank": ("`coarse_key`", lambda: score(QUERY, UNITS, coarse_key=COARSE[0])),
     "coarse-count": ("`coarse_key` has 2 units", lambda: score(QUERY, UNITS, coarse_key=COARSE[:, 1:])),
+    "coarse-dtype": (
+        "`coarse_key` is bfloat16; it must be float32",
+        lambda: score(QUERY, UNITS, coarse_key=COARSE.astype("bfloat16")),
+    ),
     "coarse-heads": ("`coarse_key`", lambda: score(QUERY, UNITS, coarse_key=COARSE[:, :, :1])),
     "pooling": ("`pooling`", lambda: score(QUERY, UNITS, pooling="mean")),
     "group-reduction": ("`group_reduction`", lambda: score(QUERY, UNITS, group_reduction="none")),

@@ -27,12 +27,15 @@ TILE_ROWS = 128
 
 def build_plan(problem: Problem, selection: BlockSelection) -> TilePlan:
     """The plan for which the kernels are made, without its inverse. They take any other as well."""
-    group_size = problem.group_size
-    tokens = max(1, TILE_ROWS // group_size)
-    tile_size = default_tile_size(problem.q_block_size, group_size, problem.q_len, TILE_ROWS, tokens)
+    tokens = tile_size(problem.q_block_size, problem.group_size, problem.q_len)
     sizes = dict(q_len=problem.q_len, kv_len=problem.kv_len)
     heads = dict(num_q_heads=problem.num_q_heads, num_kv_heads=problem.num_kv_heads)
-    return planning.build_plan(selection, **sizes, **heads, tile_size=tile_size, with_inverse=False)
+    return planning.build_plan(selection, **sizes, **heads, tile_size=tokens, with_inverse=False)
+
+
+def tile_size(q_block_size: int, group_size: int, q_len: int) -> int:
+    """Tokens of a tile: with the query heads of a KV head, the rows of two warpgroups."""
+    return default_tile_size(q_block_size, group_size, q_len, TILE_ROWS, max(1, TILE_ROWS // group_size))
 
 
 def supports(problem: Problem) -> tuple[str, ...]:
@@ -59,7 +62,7 @@ def supports_scoring(problem: ScoringProblem) -> tuple[str, ...]:
     reasons = _reasons_of_device(problem)
     if problem.unit_dtype != problem.dtype:
         reasons.append(f"the compressed keys are {problem.unit_dtype}; supported: the dtype of query, which is {problem.dtype}")
-    return tuple(reasons or reasons_of_size(problem))
+    return tuple(reasons + (reasons_of_size(problem) if compat.HAS_MOSAIC_GPU else []))
 
 
 def _reasons_of_device(problem: Problem | ScoringProblem) -> list[str]:

@@ -56,7 +56,7 @@ def choose_query_config(g: Geometry, interpreted: bool = False) -> QueryGradient
     # Alone, a warpgroup has the registers that sums of more than 128 columns take.
     warpgroups = 1 if g.key_columns > 128 else g.slices_per_tile % 2 or 2
     config = lambda stages: QueryGradientConfig(warpgroups, stages, interpreted)
-    return steps.largest(config, range(1, 4), lambda config: _query_memory(g, config))
+    return steps.largest(config, range(1, 4), lambda config: query_memory_of(g, config))
 
 
 def choose_key_config(g: Geometry, interpreted: bool = False) -> KeyGradientConfig:
@@ -66,7 +66,7 @@ def choose_key_config(g: Geometry, interpreted: bool = False) -> KeyGradientConf
     keys = min(g.kv_block_size, 64 if has_room else 32)
     config = lambda stages: KeyGradientConfig(keys, stages, interpreted)
     return steps.largest(
-        config, range(KEY_WARPGROUPS, 2 * KEY_WARPGROUPS + 1, KEY_WARPGROUPS), lambda config: _key_memory(g, config)
+        config, range(KEY_WARPGROUPS, 2 * KEY_WARPGROUPS + 1, KEY_WARPGROUPS), lambda config: key_memory_of(g, config)
     )
 
 
@@ -180,12 +180,13 @@ def differentiate_queries(g: Geometry, config: QueryGradientConfig, inputs: dict
         grid_names=("item", "head", "batch"),
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
-        scratch_types=dict(memory=_query_memory(g, config)),
+        scratch_types=dict(memory=query_memory_of(g, config)),
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(inputs)
 
 
-def _query_memory(g: Geometry, config: QueryGradientConfig) -> dict:
+def query_memory_of(g: Geometry, config: QueryGradientConfig) -> dict:
+    """Shared memory of a thread block, by name."""
     dtype = jnp.dtype(g.dtype)
     return dict(
         query=steps.smem((config.warpgroups, SLICE_ROWS, g.key_columns), dtype),
@@ -291,13 +292,14 @@ def differentiate_keys(
         grid_names=("item", "head", "batch"),
         num_threads=KEY_WARPGROUPS + 1,
         thread_name="warpgroup",
-        scratch_types=dict(memory=_key_memory(g, config)),
+        scratch_types=dict(memory=key_memory_of(g, config)),
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(inputs)
     return found["whole"], found["partial"]
 
 
-def _key_memory(g: Geometry, config: KeyGradientConfig) -> dict:
+def key_memory_of(g: Geometry, config: KeyGradientConfig) -> dict:
+    """Shared memory of a thread block, by name."""
     dtype = jnp.dtype(g.dtype)
     swizzle = 2 * config.keys
     memory = dict(

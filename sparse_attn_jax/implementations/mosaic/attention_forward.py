@@ -37,7 +37,7 @@ class ForwardConfig:
 
 def choose_config(g: Geometry, interpreted: bool = False) -> ForwardConfig:
     config = lambda stages: ForwardConfig(g.slices_per_tile % 2 or 2, stages, interpreted)
-    return steps.largest(config, range(1, 4), lambda config: _memory(g, config))
+    return steps.largest(config, range(1, 4), lambda config: memory_of(g, config))
 
 
 def _run(arrays, outputs, attributes):
@@ -85,13 +85,14 @@ def attend_slices(g: Geometry, config: ForwardConfig, inputs: dict[str, jax.Arra
         grid_names=("item", "head", "batch"),
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
-        scratch_types=dict(memory=_memory(g, config)),
+        scratch_types=dict(memory=memory_of(g, config)),
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(inputs)
     return results["out"], results["lse"]
 
 
-def _memory(g: Geometry, config: ForwardConfig) -> dict:
+def memory_of(g: Geometry, config: ForwardConfig) -> dict:
+    """Shared memory of a thread block, by name."""
     dtype = jnp.dtype(g.dtype)
     memory = dict(
         query=steps.smem((config.warpgroups, SLICE_ROWS, g.key_columns), dtype),

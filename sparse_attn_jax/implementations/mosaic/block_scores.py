@@ -32,10 +32,10 @@ class ScoringConfig:
 
 
 def choose_config(g: ScoringGeometry) -> ScoringConfig:
-    """As many warpgroups as have room, then stages; else an error, as of `steps.largest`."""
-    warpgroups = 2 if least_bytes(g, 2) <= steps.MAX_SHARED_BYTES else 1
-    config = lambda stages: ScoringConfig(warpgroups, stages)
-    return steps.largest(config, range(2, 5), lambda config: _memory(g, config))
+    """As many warpgroups as have room and tiles, then stages; else an error, as of `steps.largest`."""
+    warpgroups = 2 if g.num_tiles > 1 and least_bytes(g, 2) <= steps.MAX_SHARED_BYTES else 1
+    make = lambda stages: ScoringConfig(warpgroups, stages)
+    return steps.largest(make, range(2, 5), lambda config: _memory(g, config))
 
 
 def least_bytes(g: ScoringGeometry, warpgroups: int = 1) -> int:
@@ -44,9 +44,9 @@ def least_bytes(g: ScoringGeometry, warpgroups: int = 1) -> int:
 
 
 def score_tiles(g: ScoringGeometry, config: ScoringConfig, inputs: dict[str, jax.Array]) -> jax.Array:
-    """Scores of the blocks of the chunks that are walked: float32 [batch, num_lists, num_chunks * 64, tokens of all tiles].
+    """Scores of blocks: float32 [batch, num_lists, num_block_groups * 64, tokens of all tiles].
 
-    Others are not written. A block without a visible unit has -inf.
+    Those of groups of 64 that are not walked are not written. A block without a visible unit has -inf.
 
     Args:
       g: the call.
@@ -61,7 +61,7 @@ def score_tiles(g: ScoringGeometry, config: ScoringConfig, inputs: dict[str, jax
     tokens = num_items * config.warpgroups * g.tile_tokens
     return plgpu.kernel(
         block_scores,
-        out_type=jax.ShapeDtypeStruct((g.batch, g.num_lists, g.num_chunks * STEP_UNITS, tokens), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((g.batch, g.num_lists, g.num_block_groups * STEP_UNITS, tokens), jnp.float32),
         grid=(num_items, g.num_lists, g.batch),
         grid_names=("item", "list", "batch"),
         num_threads=config.warpgroups + 1,
@@ -75,9 +75,9 @@ def _memory(g: ScoringGeometry, config: ScoringConfig) -> dict:
     dtype = jnp.dtype(g.dtype)
     barriers = lambda arrivals, number: plgpu.Barrier(num_arrivals=arrivals, num_barriers=number)
     return dict(
-        query=steps.smem((config.warpgroups, g.num_parts, COLUMNS, g.head_columns), dtype),
+        query=steps.smem((config.warpgroups, g.num_parts * COLUMNS, g.head_columns), dtype),
         positions=plgpu.SMEM((config.warpgroups, COLUMNS), jnp.int32),
-        lse=plgpu.SMEM((config.warpgroups, g.num_parts, COLUMNS), jnp.float32),
+        lse=plgpu.SMEM((config.warpgroups, g.num_parts * COLUMNS), jnp.float32),
         scores=plgpu.SMEM((config.warpgroups, STEP_UNITS, g.tile_tokens), jnp.float32),
         query_ready=barriers(2, config.warpgroups),
         units=steps.smem((config.stages, STEP_UNITS, g.head_columns), dtype),
@@ -91,7 +91,7 @@ def _kernel(g, config, inputs, scores, memory):
     batch, list_index, warpgroup = (lax.axis_index(name) for name in ("batch", "list", "warpgroup"))
     # The last queries see most, and start first.
     item = inputs["walks"].shape[1] - 1 - lax.axis_index("item")
-    first_step, end_step, num_chunks = (steps.part_of(inputs["walks"], batch).at[item][i] for i in range(3))
+    first_step, end_step, num_groups = (steps.part_of(inputs["walks"], batch).at[item][i] for i in range(3))
     num_denominators = end_step - first_step
 
     @pl.when(warpgroup < config.warpgroups)
@@ -105,16 +105,16 @@ def _kernel(g, config, inputs, scores, memory):
         _store_lse(g, config, memory, own, num_denominators)
         position = steps.over_rows(steps.load_columns(own["positions"].at[pl.ds(0, g.tile_tokens)]))
 
-        @pl.loop(0, num_chunks)
-        def score_chunk(chunk):
-            first = num_denominators + chunk * g.width
+        @pl.loop(0, num_groups)
+        def score_group(group):
+            first = num_denominators + group * g.width
             pool_step = functools.partial(_pool_step, g, config, memory, own, position)
             pooled = steps.full_matrix((STEP_UNITS, g.tile_tokens), -jnp.inf)
             pooled = lax.fori_loop(first, first + g.width, pool_step, pooled)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the scores of the chunk before
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the scores of the group before
             own["scores"][...] = pooled
             plgpu.commit_smem()
-            blocks, tokens = pl.ds(chunk * STEP_UNITS, STEP_UNITS), pl.ds(tile * g.tile_tokens, g.tile_tokens)
+            blocks, tokens = pl.ds(group * STEP_UNITS, STEP_UNITS), pl.ds(tile * g.tile_tokens, g.tile_tokens)
             plgpu.copy_smem_to_gmem(own["scores"], scores.at[batch, list_index, blocks, tokens])
 
         plgpu.wait_smem_to_gmem(0)
@@ -124,7 +124,7 @@ def _kernel(g, config, inputs, scores, memory):
         steps.give_registers(config.warpgroups)
         units = steps.part_of(inputs["units"], batch, list_index // g.lists_per_kv_head)
 
-        @pl.loop(0, num_denominators + num_chunks * g.width)
+        @pl.loop(0, num_denominators + num_groups * g.width)
         def fetch_step(i):
             slot = lax.rem(i, jnp.int32(config.stages))
             step = jnp.where(i < num_denominators, first_step, g.num_denominators - num_denominators) + i
@@ -135,18 +135,18 @@ def _kernel(g, config, inputs, scores, memory):
 
 def _store_lse(g, config, memory, own, num_denominators):
     """The softmax denominator of each column, as a logarithm to the base 2; 0 if it sees no unit."""
-    slices = [(part, pl.ds(row, SLICE_ROWS)) for part in range(g.num_parts) for row in range(0, COLUMNS, SLICE_ROWS)]
-    positions = [steps.load_rows(own["positions"].at[rows]) for _, rows in slices[: COLUMNS // SLICE_ROWS]]
+    slices = [pl.ds(row, SLICE_ROWS) for row in range(0, g.num_parts * COLUMNS, SLICE_ROWS)]
+    positions = [steps.load_rows(own["positions"].at[rows]) for rows in slices[: COLUMNS // SLICE_ROWS]]
 
     def add_step(i, carry):
         slot = lax.rem(i, jnp.int32(config.stages))
         plgpu.barrier_wait(memory["ready"].at[slot])
         first, last = (steps.over_rows(steps.load_columns(memory["table"].at[slot, row])) for row in (FIRST, LAST))
         totals = []
-        for (part, rows), (row_max, row_sum) in zip(slices, carry, strict=True):
+        for rows, (row_max, row_sum) in zip(slices, carry, strict=True):
             position = steps.over_columns(positions[len(totals) % len(positions)], STEP_UNITS)
             units = memory["units"].at[slot].transpose((1, 0))
-            logits = steps.product(own["query"].at[part, rows], units, (SLICE_ROWS, STEP_UNITS)) * (g.scale * steps.LOG2_E)
+            logits = steps.product(own["query"].at[rows], units, (SLICE_ROWS, STEP_UNITS)) * (g.scale * steps.LOG2_E)
             logits = jnp.where((first <= position) & (position <= last), logits, -jnp.inf)
             new_max = jnp.maximum(row_max, logits.max(axis=1))
             shift = jnp.where(new_max == -jnp.inf, 0.0, new_max)
@@ -157,8 +157,8 @@ def _store_lse(g, config, memory, own, num_denominators):
         return totals
 
     nothing = [(steps.full_rows(-jnp.inf), steps.full_rows(0.0)) for _ in slices]
-    for (part, rows), (row_max, row_sum) in zip(slices, lax.fori_loop(0, num_denominators, add_step, nothing), strict=True):
-        own["lse"][part, rows] = jnp.where(row_sum == 0.0, 0.0, row_max + jnp.log(row_sum) * steps.LOG2_E)
+    for rows, (row_max, row_sum) in zip(slices, lax.fori_loop(0, num_denominators, add_step, nothing), strict=True):
+        own["lse"][rows] = jnp.where(row_sum == 0.0, 0.0, row_max + jnp.log(row_sum) * steps.LOG2_E)
     plgpu.commit_smem()  # other threads read them
 
 
@@ -168,9 +168,10 @@ def _pool_step(g, config, memory, own, position, i, pooled):
     plgpu.barrier_wait(memory["ready"].at[slot])
     score = None
     for part in range(g.num_parts):
-        query = own["query"].at[part].transpose((1, 0))
+        columns = pl.ds(part * COLUMNS, COLUMNS)
+        query = own["query"].at[columns].transpose((1, 0))
         logits = steps.product(memory["units"].at[slot], query, (STEP_UNITS, COLUMNS)) * (g.scale * steps.LOG2_E)
-        probs = jnp.exp2(logits - steps.over_rows(steps.load_columns(own["lse"].at[part])))
+        probs = jnp.exp2(logits - steps.over_rows(steps.load_columns(own["lse"].at[columns])))
         for head in range(g.heads_of(part)):
             of_head = probs[:, head * g.tile_tokens : (head + 1) * g.tile_tokens]
             if score is None:

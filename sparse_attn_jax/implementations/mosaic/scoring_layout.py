@@ -12,7 +12,7 @@ from sparse_attn_jax.implementations.mosaic.layout import pad_columns
 from sparse_attn_jax.scoring_problem import ScoringProblem, num_units, unit_overlap
 from sparse_attn_jax.selection import num_blocks
 
-# Units of a step, and blocks of a chunk: the rows of one matrix product.
+# Units of a step, and blocks of a group: the rows of one matrix product.
 STEP_UNITS = SLICE_ROWS
 # Query heads times tokens of a product, its columns. They are head-major, and sums over heads are sums of slices of registers,
 # which have multiples of 8 columns.
@@ -29,7 +29,7 @@ EARLIEST, LATEST = np.iinfo(np.int32).min, np.iinfo(np.int32).max
 class ScoringGeometry:
     """Sizes of one call of the kernel.
 
-    A tile is some tokens with the query heads that share a list, in parts of at most 16 heads.
+    A tile is `tile_tokens` tokens, a multiple of 8, with the query heads that share a list, in parts of at most 16 heads.
     """
 
     batch: int
@@ -39,9 +39,10 @@ class ScoringGeometry:
     lists_per_kv_head: int
     head_dim: int
     dtype: str
+    tile_tokens: int
     num_denominators: int  # steps of the softmax denominator
     width: int  # steps of the scores of 64 blocks
-    num_chunks: int  # of 64 blocks
+    num_block_groups: int  # of 64
     scale: float
     kernel_stride: int
     pooling: str
@@ -49,15 +50,11 @@ class ScoringGeometry:
 
     @property
     def num_parts(self) -> int:
-        return num_blocks(self.list_heads, MAX_PART_HEADS)
+        return parts_of(self.list_heads)[0]
 
     @property
     def part_heads(self) -> int:
-        return num_blocks(self.list_heads, self.num_parts)
-
-    @property
-    def tile_tokens(self) -> int:
-        return COLUMNS // self.part_heads // SLICE_COLUMNS * SLICE_COLUMNS
+        return parts_of(self.list_heads)[1]
 
     @property
     def num_tiles(self) -> int:
@@ -70,6 +67,18 @@ class ScoringGeometry:
 
     def heads_of(self, part: int) -> int:
         return min(self.part_heads, self.list_heads - part * self.part_heads)
+
+
+def parts_of(list_heads: int) -> tuple[int, int]:
+    """How many parts a list's query heads have, and the heads of each; the last may have fewer."""
+    num_parts = num_blocks(list_heads, MAX_PART_HEADS)
+    return num_parts, num_blocks(list_heads, num_parts)
+
+
+def tokens_of_tile(list_heads: int, q_len: int) -> int:
+    """As many as a product has columns for, and no more than there are."""
+    most = COLUMNS // parts_of(list_heads)[1] // SLICE_COLUMNS
+    return SLICE_COLUMNS * max(1, min(most, num_blocks(q_len, SLICE_COLUMNS)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +103,7 @@ class UnitSteps:
     width: int
 
 
-@functools.lru_cache
+@functools.lru_cache(maxsize=16)
 def unit_steps(problem: ScoringProblem, num_coarse: int) -> UnitSteps:
     """The steps of a call with so many coarse units; of none, the fine ones are those of the denominator."""
     kv_len, size, stride = problem.kv_len, problem.kernel_size, problem.kernel_stride
@@ -131,7 +140,7 @@ def _step_rows(units: np.ndarray, first: np.ndarray, last: int) -> np.ndarray:
 
 
 def _to_steps(x: np.ndarray) -> np.ndarray:
-    """[rows, width, 4] to [chunks * width, 64, 4], with units that nobody sees after the last row."""
+    """[rows, width, 4] to [groups of 64 rows * width, 64, 4], with units that nobody sees after the last row."""
     padding = np.full((-len(x) % STEP_UNITS, *x.shape[1:]), (0, LATEST, EARLIEST, 0))
     x = np.concatenate([x, padding])
     x = x.reshape(len(x) // STEP_UNITS, STEP_UNITS, *x.shape[1:])
@@ -146,7 +155,7 @@ def arrange_units(steps: jax.Array, compressed: jax.Array, coarse: jax.Array | N
 
 
 def arrange_queries(g: ScoringGeometry, query: jax.Array) -> jax.Array:
-    """[batch, q_len, num_q_heads, head_dim] to [batch, num_lists, num_tiles, num_parts, 128, head_columns]."""
+    """[batch, q_len, num_q_heads, head_dim] to [batch, num_lists, num_tiles, num_parts * 128, head_columns]."""
     padded_len, padded_heads = g.num_tiles * g.tile_tokens, g.num_parts * g.part_heads
     x = query.reshape(g.batch, g.q_len, g.num_lists, g.list_heads, g.head_dim)
     padding = (0, 0), (0, padded_len - g.q_len), (0, 0), (0, padded_heads - g.list_heads), (0, g.head_columns - g.head_dim)
@@ -154,7 +163,9 @@ def arrange_queries(g: ScoringGeometry, query: jax.Array) -> jax.Array:
     x = x.reshape(g.batch, g.num_tiles, g.tile_tokens, g.num_lists, g.num_parts, g.part_heads, g.head_columns)
     x = x.transpose(0, 3, 1, 4, 5, 2, 6)
     x = x.reshape(*x.shape[:4], g.part_heads * g.tile_tokens, g.head_columns)
-    return jnp.pad(x, [(0, 0)] * 4 + [(0, COLUMNS - x.shape[4]), (0, 0)])
+    x = jnp.pad(x, [(0, 0)] * 4 + [(0, COLUMNS - x.shape[4]), (0, 0)])
+    # A copy has no room for one more dimension.
+    return x.reshape(*x.shape[:3], g.num_parts * COLUMNS, g.head_columns)
 
 
 def arrange_positions(g: ScoringGeometry, positions: jax.Array) -> jax.Array:
@@ -167,7 +178,7 @@ def arrange_positions(g: ScoringGeometry, positions: jax.Array) -> jax.Array:
 def walks(g: ScoringGeometry, table: jax.Array, problem: ScoringProblem, positions: jax.Array) -> jax.Array:
     """What is walked for some neighbouring tokens: int32 [rows, groups, 3].
 
-    The first step of the denominator, the end of those, and the end of the chunks of 64 blocks.
+    The first step of the denominator, the end of those, and the end of the groups of 64 blocks.
 
     Args:
       g: the call.
@@ -182,7 +193,8 @@ def walks(g: ScoringGeometry, table: jax.Array, problem: ScoringProblem, positio
     first = jnp.argmax(is_seen, axis=-1)
     end = jnp.where(is_seen.any(-1), g.num_denominators - jnp.argmax(is_seen[..., ::-1], axis=-1), first)
     if problem.is_causal:
-        chunks = jnp.clip(latest[..., 0] // (problem.block_size * STEP_UNITS) + 1, 0, g.num_chunks)
+        group_size = min(problem.block_size * STEP_UNITS, LATEST)
+        groups = jnp.clip(latest[..., 0] // group_size + 1, 0, g.num_block_groups)
     else:
-        chunks = jnp.full_like(first, g.num_chunks)
-    return jnp.stack([first, end, chunks], axis=-1).astype(jnp.int32)
+        groups = jnp.full_like(first, g.num_block_groups)
+    return jnp.stack([first, end, groups], axis=-1).astype(jnp.int32)

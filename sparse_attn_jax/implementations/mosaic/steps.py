@@ -38,7 +38,7 @@ ALIGNMENT = 1024
 
 def shared_bytes(memory: dict) -> int:
     """Bytes of shared memory, at most."""
-    total = ALIGNMENT  # of all barriers
+    total = ALIGNMENT + plgpu.CompilerParams().reduction_scratch_bytes  # of all barriers; of reductions, if there are any
     for x in memory.values():
         size = 0 if isinstance(x, plgpu.Barrier) else math.prod(x.shape) * jnp.dtype(x.dtype).itemsize
         total += num_blocks(size, ALIGNMENT) * ALIGNMENT

@@ -66,7 +66,8 @@ def select_from_units(
         chunk_query = jax.lax.dynamic_slice_in_dim(query, start, chunk, axis=1)
         chunk_query = chunk_query.reshape(batch, chunk, num_kv_heads, group_size, head_dim).transpose(0, 2, 4, 3, 1)
         chunk_positions = jax.lax.dynamic_slice_in_dim(positions, start, chunk, axis=1)
-        bucket = jnp.searchsorted(jnp.asarray(limits[:-1], jnp.int32), chunk_positions.max() + 1)
+        # The first that is after all of them.
+        bucket = jnp.searchsorted(jnp.asarray(limits[:-1], jnp.int32), chunk_positions.max(), side="right")
         return jax.lax.switch(bucket, branches, chunk_query, chunk_positions)
 
     return map_chunks(select_chunk, q_len, chunk)
