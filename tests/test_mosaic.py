@@ -286,7 +286,7 @@ MUTATIONS = (
         "end = jnp.where(is_seen.any(-1), g.num_denominators",
         "end = jnp.where(is_seen.any(-1), -1 + g.num_denominators",
     ),
-    ("kth_largest", "ranks_of_piece >= least", "ranks_of_piece > least"),
+    ("kth_largest", "piece >= least", "piece > least"),
     ("kth_largest", "BITS - 1 - i", "BITS - 2 - i"),
 )
 
