@@ -147,10 +147,14 @@ def shifted_causality(query, key, *arguments, **options):
 
 
 @pytest.mark.skipif(not compat.HAS_MOSAIC_GPU, reason="needs JAX 0.11 or newer")
-def test_configurations_of_a_sweep(mosaic_on_cpu):
+def test_configurations_of_a_sweep(mosaic_on_cpu, monkeypatch):
     """Each fits, none is the kernels' own choice, and it is the one that runs; the results are the same."""
     from benchmarks import mosaic_configs
+    from sparse_attn_jax.implementations.mosaic import attention_forward
 
+    run, ran = attention_forward.attend_slices, []
+    record = lambda g, config, inputs: ran.append(config.stages) or run(g, config, inputs)
+    monkeypatch.setattr(attention_forward, "attend_slices", record)
     sizes = dict(num_q_heads=4, num_kv_heads=2, head_dim=64, q_block_size=1, kv_block_size=16, num_slots=2)
     workload = Workload(sized_case(seed=0, batch=1, q_len=70, kv_len=None, is_causal=True, dtype="bfloat16", **sizes))
     found = {contender.name: contender for contender in mosaic_configs.contenders_for(workload.case)}
@@ -160,6 +164,7 @@ def test_configurations_of_a_sweep(mosaic_on_cpu):
         contender.prepare(workload, made, "forward").results(made.d_out)["out"]
         for contender in (Implementation("mosaic"), found["mosaic forward: warpgroups 1, stages 2"])
     ]
+    assert ran == [3, 2]
     np.testing.assert_array_equal(*prepared)
 
 

@@ -1,9 +1,10 @@
-"""Compiles programs with the Pallas kernels for an H100 that is not there, and prints what became of them, a JSON line each.
+"""Compiles a program with the Pallas kernels for an H100 that is not there, and prints what became of it as a JSON line.
 
-    python -m tools.pallas_programs [NAME ...]      # all of them, if there is no name
+    python -m tools.pallas_programs NAME
     python -m tools.pallas_programs --list
 
-needs jax's CUDA plugin on PYTHONPATH, and no GPU; `tools.pallas_table` calls it.
+One in a process: a kernel that another program has as well would not be compiled again, nor written about.
+It needs jax's CUDA plugin on PYTHONPATH, and no GPU; `tools.pallas_table` calls it for each.
 """
 
 import collections
@@ -14,7 +15,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 # Before jax is imported. XLA writes what it made of each kernel to a folder.
@@ -156,7 +157,6 @@ PROGRAMS: dict[str, Callable[[], Program]] = {
 
 def compile_program(program: Program) -> dict:
     """Bytes of the compiled program, and its kernels by name."""
-    before = set(Path(DUMPS.name).iterdir())
     topology = topologies.get_topology_desc("", platform="cuda", target_config=H100, topology="1x1x1")
     mesh = topologies.make_mesh(topology, (1,), ("x",))
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -165,7 +165,7 @@ def compile_program(program: Program) -> dict:
         compiled = jax.jit(program.run).lower(*arguments).compile()
     memory = compiled.memory_analysis()
     sizes = dict(temporaries="temp_size_in_bytes", arguments="argument_size_in_bytes", results="output_size_in_bytes")
-    dumps = set(Path(DUMPS.name).iterdir()) - before
+    dumps = set(Path(DUMPS.name).iterdir())
     kernels = {name: read_kernel(name, dumps) for name in sorted({name_of(path) for path in dumps if path.suffix == ".ptxas"})}
     return dict(bytes={name: getattr(memory, field) for name, field in sizes.items()}, kernels=kernels)
 
@@ -194,14 +194,12 @@ def read_kernel(name: str, dumps: set[Path]) -> dict[str, int]:
     )
 
 
-def main(names: Sequence[str]) -> None:
-    if names == ["--list"]:
+def main(name: str) -> None:
+    if name == "--list":
         print("\n".join(PROGRAMS))
-        return
-    for name in names or PROGRAMS:
-        found = compile_program(PROGRAMS[name]())
-        print(json.dumps(dict(program=name) | found), flush=True)
+    else:
+        print(json.dumps(dict(program=name) | compile_program(PROGRAMS[name]())))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(*sys.argv[1:])

@@ -21,8 +21,8 @@ from sparse_attn_jax.selection import num_blocks
 
 # Scores that are held at a time, unless 8 tokens of all batch rows and lists have more: 128 MiB, and as much for their ranks.
 CHUNK_ELEMENTS = 2**25
-# Units of a block, times its number of tokens: beyond this, most of each unit lies outside the block that it is multiplied for.
-MAX_UNITS_PER_BLOCK = 4
+# That a unit may be as long as: it is multiplied once for each block that it overlaps.
+MAX_KERNEL_BLOCKS = 4
 
 
 def geometry_of(
@@ -52,8 +52,8 @@ def geometry_of(
 def reasons_of_size(problem: ScoringProblem) -> list[str]:
     """Reasons that sizes give against `problem`."""
     reasons = []
-    if problem.kernel_size > MAX_UNITS_PER_BLOCK * problem.block_size:
-        most = f"at most {MAX_UNITS_PER_BLOCK} blocks, of {problem.block_size}"
+    if problem.kernel_size > MAX_KERNEL_BLOCKS * problem.block_size:
+        most = f"at most {MAX_KERNEL_BLOCKS} blocks, of {problem.block_size}"
         reasons.append(f"kernel_size is {problem.kernel_size}; supported: {most}")
     g = geometry_of(problem, batch=1, q_len=COLUMNS, num_q_heads=problem.num_q_heads, plan=None)
     needed = block_scores.least_bytes(g)
@@ -80,14 +80,13 @@ def _run(arrays, outputs, attributes):
     tokens = config.warpgroups * whole.tile_tokens  # of a thread block
     most = attributes["chunk_elements"] // (batch * whole.num_lists * whole.num_block_groups * STEP_UNITS)
     num_queries = min(q_len, max(most // tokens, 1) * tokens)  # whose scores are held at a time
-    padded = num_blocks(num_queries, tokens) * tokens
-    g = dataclasses.replace(whole, q_len=padded)
+    g = dataclasses.replace(whole, q_len=num_blocks(num_queries, tokens) * tokens)
     units = scoring_layout.arrange_units(unit_ids, compressed, coarse, g.head_columns)
 
     def score(some_query, some_positions):
         if g.width == 0:  # no unit is complete
             return jnp.full((batch, g.num_lists, num_kv_blocks, num_queries), -jnp.inf, jnp.float32)
-        padding = (0, padded - num_queries)
+        padding = (0, g.q_len - num_queries)
         some_positions = jnp.pad(some_positions, [(0, 0), padding], mode="edge")
         inputs = dict(
             query=scoring_layout.arrange_queries(g, jnp.pad(some_query, [(0, 0), padding, (0, 0), (0, 0)])),
