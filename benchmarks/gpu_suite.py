@@ -31,7 +31,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from sparse_attn_jax import compat
+from sparse_attn_jax import jax_compat
 from tools.find_nvcc import candidates
 
 ROOT = Path(__file__).absolute().parent.parent
@@ -140,7 +140,7 @@ def selection_commands(out: Path) -> list[Command]:
 
 def config_commands(out: Path) -> list[Command]:
     """A sweep of the Pallas kernels' configurations, of both ways to select."""
-    if compute_capability() != "9.0" or not compat.HAS_MOSAIC_GPU:
+    if compute_capability() != "9.0" or not jax_compat.HAS_MOSAIC_GPU:
         return [ON_A_GPU]
     sweep = ["--implementations=mosaic", "--mosaic_configs", "--baselines=", "--mode=forward_backward"]
     tokens = [*PUBLISHED, "--q_len=32768", "--batch=2", "--generator=realistic"]

@@ -16,7 +16,7 @@ from benchmarks.schedules import Schedule
 from benchmarks.selection_model import Selection
 from benchmarks.tile_lists import Lists, sample_lists, tiles_of, visible_pairs
 from benchmarks.workloads import sized_case
-from sparse_attn_jax import compat
+from sparse_attn_jax import jax_compat
 from sparse_attn_jax.scoring_problem import ScoringProblem
 from sparse_attn_jax.selectors import InfLLMV2
 from sparse_attn_jax.testing.cases import Case
@@ -99,7 +99,7 @@ BACKWARD = {
 }
 # Marks of the kernels that the goals are compared with.
 GOAL_MARKS = {"": "SM80", " lean": "SM80 lean", " SM90": "SM90"}
-if compat.HAS_MOSAIC_GPU:
+if jax_compat.HAS_MOSAIC_GPU:
     from benchmarks import mosaic_schedules
 
     FORWARD["forward Pallas"] = Kernel("Pallas", mosaic_schedules.forward, H100)

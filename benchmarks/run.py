@@ -38,7 +38,7 @@ from benchmarks.contenders import FORWARD, FORWARD_BACKWARD
 from benchmarks.measure import TIMED, WRONG, Outcome, Settings, measure
 from benchmarks.presets import BASELINES, BOTH_PASSES, Section, make_contenders, readme_sections
 from benchmarks.workloads import Workload, named_workload, sized_case
-from sparse_attn_jax import compat
+from sparse_attn_jax import jax_compat
 from sparse_attn_jax.testing.cases import CASES
 
 IMPLEMENTATIONS = ("xla", "mosaic", "cuda")
@@ -117,7 +117,7 @@ def check_flags() -> None:
         raise app.UsageError(reason)
     if FLAGS.cuda_arch and "cuda" not in FLAGS.implementations:
         raise app.UsageError(f"--cuda_arch={','.join(FLAGS.cuda_arch)} needs cuda among --implementations.")
-    if FLAGS.mosaic_configs and (FLAGS.op == "selection" or FLAGS.cases or not compat.HAS_MOSAIC_GPU):
+    if FLAGS.mosaic_configs and (FLAGS.op == "selection" or FLAGS.cases or not jax_compat.HAS_MOSAIC_GPU):
         raise app.UsageError("--mosaic_configs is of attention of explicit sizes, and needs JAX 0.11 or newer.")
     if FLAGS.op != "attention" and FLAGS.cases:
         raise app.UsageError("--cases come with their own lists; --op=selection and --op=both need explicit sizes.")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from sparse_attn_jax import attention, dispatch, validation, varlen
+from sparse_attn_jax.causal_safety import watch_training
 from sparse_attn_jax.planning import TilePlan, build_plan
 from sparse_attn_jax.problem import MAX_LENGTH, Operands, Problem, TokenMask
 from sparse_attn_jax.selection import BlockSelection
@@ -175,7 +176,8 @@ def sparse_attention(
       query: [batch, q_len, num_q_heads, head_dim].
       key: [batch, kv_len, num_kv_heads, head_dim].
       value: [batch, kv_len, num_kv_heads, value_head_dim].
-      selector: called as `selector(query, key, is_causal=, q_offset=)`, gives a `BlockSelection`; see `selectors`.
+      selector: called as `selector(query, key, is_causal=, q_offset=)`, gives a `BlockSelection`; see `selectors`. One whose
+        `causal_safe` is False warns once if causal attention with it is differentiated.
       is_causal: given to selector and op alike. Default: False.
       q_offset: given to selector and op alike. Default: kv_len - q_len.
       **options: the other keyword arguments of `block_sparse_attention`.
@@ -189,6 +191,7 @@ def sparse_attention(
     """
     validation.check_qkv(query, key, value)
     selection = selector(query, key, is_causal=is_causal, q_offset=q_offset)
+    query = watch_training(query, selector, is_causal)
     return block_sparse_attention(query, key, value, selection, is_causal=is_causal, q_offset=q_offset, **options)
 
 

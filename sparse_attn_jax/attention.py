@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from sparse_attn_jax import compat, dispatch
+from sparse_attn_jax import dispatch, jax_compat
 from sparse_attn_jax.planning import TilePlan
 from sparse_attn_jax.problem import Operands, Problem, TokenMask
 
@@ -15,7 +15,7 @@ def attend(
 ) -> tuple[jax.Array, jax.Array]:
     """Runs a problem: (out, lse), both differentiable with respect to `operands`."""
     # Under `shard_map`, keys that all devices share while queries differ get a gradient that is summed over devices.
-    operands = jax.tree.map(lambda x: compat.vary_like(x, (operands, plan, mask)), operands)
+    operands = jax.tree.map(lambda x: jax_compat.vary_like(x, (operands, plan, mask)), operands)
     return _attend(implementation, problem, operands, plan, mask)
 
 

@@ -24,7 +24,7 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sparse_attn_jax import compat
+from sparse_attn_jax import jax_compat
 
 BATCH, HEADS, KV_HEADS, PLAN_HEADS = "bhkp"
 
@@ -73,7 +73,7 @@ class EntryPoint:
         sizes = tuple(sorted((sizes or {}).items()))
         call = _layers(self, sizes, tuple(without), may_partition, tuple(sorted(attributes.items())))
         arrays = [jnp.zeros((0,), jnp.int32) if x is None else x for x in arguments]
-        return call(*(compat.vary_like(x, arrays) for x in arrays))
+        return call(*(jax_compat.vary_like(x, arrays) for x in arrays))
 
     def axis_sizes(self, shapes: list[tuple[int, ...]], sizes: tuple[tuple[str, int], ...]) -> dict[str, int]:
         found = dict(sizes)
@@ -97,7 +97,7 @@ def _layers(entry, sizes, without, may_partition, attributes):
         dtypes = [result.dtype or arrays[0].dtype for result in entry.results]
         outputs = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
         results = entry.run(arrays, outputs, dict(attributes))
-        return tuple(compat.vary_like(x, arrays[0]) for x in results)
+        return tuple(jax_compat.vary_like(x, arrays[0]) for x in results)
 
     partitioned = custom_partitioning(call)
     partitioned.def_partition(
@@ -111,7 +111,7 @@ def _layers(entry, sizes, without, may_partition, attributes):
         # device that is not here; one alone does without.
         mesh = jax.sharding.get_abstract_mesh()
         is_alone = not mesh.empty and mesh.size == 1
-        may_split = may_partition and not is_alone and not compat.varying_axes(arrays[0])
+        may_split = may_partition and not is_alone and not jax_compat.varying_axes(arrays[0])
         return partitioned(*arrays) if may_split else call(*arrays)
 
     @mapped.def_vmap

@@ -48,9 +48,9 @@ def mosaic_on_cpu() -> Iterator[None]:
     """`implementation="mosaic"` runs in JAX's interpreter of GPUs, which finds races; or on a GPU, where there is one."""
     import jax
 
-    from sparse_attn_jax import compat
+    from sparse_attn_jax import jax_compat
 
-    if not compat.HAS_MOSAIC_GPU:
+    if not jax_compat.HAS_MOSAIC_GPU:
         pytest.skip("needs JAX 0.11 or newer")
     if jax.default_backend() == "gpu":
         yield

@@ -20,7 +20,7 @@ from benchmarks import checks, gpu_suite, memory, presets, report, run, timing, 
 from benchmarks.contenders import Implementation
 from benchmarks.measure import TIMED, UNAVAILABLE, WRONG, Outcome, Row
 from benchmarks.workloads import Workload, sized_case
-from sparse_attn_jax import compat
+from sparse_attn_jax import jax_compat
 from sparse_attn_jax.implementations.cuda import library
 from sparse_attn_jax.testing import compare
 from sparse_attn_jax.testing.cases import CASES, case_named
@@ -146,7 +146,7 @@ def shifted_causality(query, key, *arguments, **options):
     return attend(query, key, *arguments, **options | dict(q_offset=key.shape[1] - query.shape[1] + 1))
 
 
-@pytest.mark.skipif(not compat.HAS_MOSAIC_GPU, reason="needs JAX 0.11 or newer")
+@pytest.mark.skipif(not jax_compat.HAS_MOSAIC_GPU, reason="needs JAX 0.11 or newer")
 def test_configurations_of_a_sweep(mosaic_on_cpu, monkeypatch):
     """Each fits, none is the kernels' own choice, and it is the one that runs; the results are the same."""
     from benchmarks import mosaic_configs

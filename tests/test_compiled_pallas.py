@@ -5,7 +5,7 @@ import re
 import jax
 import pytest
 
-from sparse_attn_jax import compat
+from sparse_attn_jax import jax_compat
 from tools import pallas_table
 from tools.pallas_table import COMPILED_BY, TABLE
 
@@ -19,7 +19,7 @@ DEVICE_BYTES = 78 * 2**30
 
 @pytest.fixture(scope="module")
 def programs():
-    if not compat.HAS_MOSAIC_GPU:
+    if not jax_compat.HAS_MOSAIC_GPU:
         pytest.skip("needs JAX 0.11 or newer")
     if pallas_table.plugin() is None:
         pytest.skip("`make pallas-plugin` brings the compiler")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import sparse_attn_jax as sa
-from sparse_attn_jax import compat
+from sparse_attn_jax import jax_compat
 from sparse_attn_jax.implementations.xla import config
 from sparse_attn_jax.testing import compare, oracle
 from sparse_attn_jax.testing.cases import CASES, Case, case_named
@@ -78,7 +78,7 @@ def small_steps(monkeypatch):
 def simulator(implementation, request):
     if implementation == "cuda":
         request.getfixturevalue("cuda_on_cpu")
-    if implementation == "mosaic" and compat.HAS_MOSAIC_GPU:
+    if implementation == "mosaic" and jax_compat.HAS_MOSAIC_GPU:
         request.getfixturevalue("mosaic_on_cpu")
 
 

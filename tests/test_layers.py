@@ -120,10 +120,10 @@ def implementations_named(modules: dict[str, str]) -> list[str]:
 
 
 def private_jax(modules: dict[str, str]) -> list[str]:
-    """Names of jax that start with an underscore, imported or reached by attribute; compat and test support may."""
+    """Names of jax that start with an underscore, imported or reached by attribute; jax_compat and test support may."""
     errors = []
     for module, source in modules.items():
-        if component(module) in ("compat", "testing"):
+        if component(module) in ("jax_compat", "testing"):
             continue
         names = set(absolute_imports(module, source))
         names |= {ast.unparse(node) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)}
@@ -179,6 +179,6 @@ def test_downward_arrows_are_allowed():
         "__init__": "from sparse_attn_jax.api import f",
         "flax.linen": "import sparse_attn_jax as sa",
         "testing.oracle": "from .. import api",
-        "compat": "from jax._src import core",
+        "jax_compat": "from jax._src import core",
     }
     assert [check(modules) for check in CHECKS] == [[], [], [], []]

@@ -28,12 +28,12 @@ from kernel_cases import (
 )
 
 import sparse_attn_jax as sa
-from sparse_attn_jax import compat, problem, splitting
+from sparse_attn_jax import jax_compat, problem, splitting
 from sparse_attn_jax.implementations import mosaic
 from sparse_attn_jax.testing import compare
 from sparse_attn_jax.testing.inputs import Inputs
 
-needs_mosaic = pytest.mark.skipif(not compat.HAS_MOSAIC_GPU, reason="needs JAX 0.11 or newer")
+needs_mosaic = pytest.mark.skipif(not jax_compat.HAS_MOSAIC_GPU, reason="needs JAX 0.11 or newer")
 interpreted = pytest.mark.usefixtures("mosaic_on_cpu")
 
 
@@ -248,7 +248,7 @@ def test_reasons(changes, reason):
     lists = dict(q_block_size=1, kv_block_size=64, num_slots=1, selection_heads=2)
     device = dict(platform="gpu", compute_capability="9.0")
     able = problem.Problem(**sizes, **lists, **device, dtype="bfloat16", scale=1.0)
-    if not compat.HAS_MOSAIC_GPU:
+    if not jax_compat.HAS_MOSAIC_GPU:
         assert any("JAX" in reason for reason in mosaic.supports(able))
         return
     assert mosaic.supports(able) == ()

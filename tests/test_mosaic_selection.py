@@ -23,7 +23,7 @@ from selection_calls import (
 )
 
 import sparse_attn_jax as sa
-from sparse_attn_jax import compat, dispatch
+from sparse_attn_jax import dispatch, jax_compat
 from sparse_attn_jax.block_top_k import pick_blocks
 from sparse_attn_jax.implementations import mosaic
 from sparse_attn_jax.implementations.xla import scoring as xla
@@ -31,12 +31,12 @@ from sparse_attn_jax.scoring_problem import ScoringProblem
 from sparse_attn_jax.testing import selection_oracle as oracle
 from sparse_attn_jax.testing.selection_cases import CASES, make_problem
 
-if compat.HAS_MOSAIC_GPU:
+if jax_compat.HAS_MOSAIC_GPU:
     from sparse_attn_jax.implementations.mosaic.kth_largest import kth_largest
 
 SELECTOR = sa.selectors.InfLLMV2()
 
-needs_mosaic = pytest.mark.skipif(not compat.HAS_MOSAIC_GPU, reason="needs JAX 0.11 or newer")
+needs_mosaic = pytest.mark.skipif(not jax_compat.HAS_MOSAIC_GPU, reason="needs JAX 0.11 or newer")
 interpreted = pytest.mark.usefixtures("mosaic_on_cpu")
 
 
@@ -287,7 +287,7 @@ def test_reasons(changes, reason):
     sizes = dict(num_q_heads=32, num_kv_heads=2, head_dim=128, kv_len=4096, top_k=16, num_sink_blocks=1, num_local_blocks=2)
     device = dict(platform="gpu", compute_capability="9.0")
     able = ScoringProblem(**sizes, **device, dtype="bfloat16", unit_dtype="bfloat16", scale=1.0)
-    if not compat.HAS_MOSAIC_GPU:
+    if not jax_compat.HAS_MOSAIC_GPU:
         assert any("JAX" in reason for reason in mosaic.supports_scoring(able))
         return
     assert mosaic.supports_scoring(able) == ()

@@ -18,7 +18,7 @@ from benchmarks.prediction import predict
 from benchmarks.roofline_tables import INFLLM_V2, TOKEN_CASES
 from benchmarks.tile_lists import Lists, lists_of_case, lists_of_density, sample_lists, tiles_of, visible_pairs
 from benchmarks.workloads import count_pairs, sized_case
-from sparse_attn_jax import compat
+from sparse_attn_jax import jax_compat
 from sparse_attn_jax.implementations.cuda import library
 from sparse_attn_jax.testing import inputs
 from sparse_attn_jax.testing.cases import Case, case_named
@@ -26,9 +26,9 @@ from sparse_attn_jax.testing.inputs import make_inputs
 from tools import pallas_table
 
 pytestmark = pytest.mark.kernels
-needs_mosaic = pytest.mark.skipif(not compat.HAS_MOSAIC_GPU, reason="needs JAX 0.11 or newer")
+needs_mosaic = pytest.mark.skipif(not jax_compat.HAS_MOSAIC_GPU, reason="needs JAX 0.11 or newer")
 
-if compat.HAS_MOSAIC_GPU:
+if jax_compat.HAS_MOSAIC_GPU:
     from benchmarks import mosaic_schedules
 
     PALLAS_SCHEDULES = mosaic_schedules.forward, mosaic_schedules.key_gradient, mosaic_schedules.query_gradient

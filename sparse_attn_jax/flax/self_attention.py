@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from sparse_attn_jax.api import block_sparse_attention
+from sparse_attn_jax.causal_safety import watch_training
 from sparse_attn_jax.flax.decode_cache import Cache, append_tokens, select_cached
 from sparse_attn_jax.flax.options import AttentionConfig
 from sparse_attn_jax.flax.rotary import apply_rotary
@@ -44,6 +45,7 @@ def attend(
     """
     query, key = _rotate(config, query, key, 0)
     selection = config.selector(query, key, is_causal=config.is_causal, q_offset=None)
+    query = watch_training(query, config.selector, config.is_causal)
     segments = dict(query_segment_ids=segment_ids, key_value_segment_ids=segment_ids)
     options = config.options.keywords() | segments
     return block_sparse_attention(query, key, value, selection, is_causal=config.is_causal, **options), selection

@@ -3,13 +3,13 @@
 On a CPU they run in JAX's interpreter, inside `plgpu.force_gpu_interpret_mode`, for tests.
 """
 
-from sparse_attn_jax import compat, planning
+from sparse_attn_jax import jax_compat, planning
 from sparse_attn_jax.planning import TilePlan, default_tile_size
 from sparse_attn_jax.problem import Problem
 from sparse_attn_jax.scoring_problem import ScoringProblem
 from sparse_attn_jax.selection import BlockSelection
 
-if compat.HAS_MOSAIC_GPU:
+if jax_compat.HAS_MOSAIC_GPU:
     from sparse_attn_jax.implementations.mosaic.attention_backward import backward as backward
     from sparse_attn_jax.implementations.mosaic.attention_forward import forward as forward
     from sparse_attn_jax.implementations.mosaic.scoring import reasons_of_size
@@ -62,15 +62,15 @@ def supports_scoring(problem: ScoringProblem) -> tuple[str, ...]:
     reasons = _reasons_of_device(problem)
     if problem.unit_dtype != problem.dtype:
         reasons.append(f"the compressed keys are {problem.unit_dtype}; supported: the dtype of query, which is {problem.dtype}")
-    return tuple(reasons + (reasons_of_size(problem) if compat.HAS_MOSAIC_GPU else []))
+    return tuple(reasons + (reasons_of_size(problem) if jax_compat.HAS_MOSAIC_GPU else []))
 
 
 def _reasons_of_device(problem: Problem | ScoringProblem) -> list[str]:
     """Reasons of JAX and the device, and those against dtype and head_dim."""
     reasons = []
-    if not compat.HAS_MOSAIC_GPU:
+    if not jax_compat.HAS_MOSAIC_GPU:
         reasons.append("this version of JAX has no Pallas Mosaic GPU that the kernels can use; supported: 0.11 and newer")
-    if problem.platform != "gpu" and not (problem.platform == "cpu" and compat.interprets_kernels()):
+    if problem.platform != "gpu" and not (problem.platform == "cpu" and jax_compat.interprets_kernels()):
         reasons.append(f"platform is {problem.platform!r}; supported: 'gpu', and 'cpu' inside force_gpu_interpret_mode")
     if problem.platform == "gpu" and problem.compute_capability != COMPUTE_CAPABILITY:
         reasons.append(f"compute capability is {problem.compute_capability}; supported: {COMPUTE_CAPABILITY}")

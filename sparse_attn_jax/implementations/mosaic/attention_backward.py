@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from sparse_attn_jax import compat
+from sparse_attn_jax import jax_compat
 from sparse_attn_jax.arguments import AXES, attention_arguments
 from sparse_attn_jax.entry_point import EntryPoint, Result
 from sparse_attn_jax.implementations.mosaic import layout, prepare, ring, steps
@@ -390,11 +390,11 @@ def _key_kernel(g, config, inputs, outputs, memory):
                 @pl.when(place == prepare.WHOLE)
                 def write_gradient():
                     ref = outputs["whole"][name]
-                    compat.store_to_global(ref.at[batch, head, block * chunks + chunk], total.astype(ref.dtype))
+                    jax_compat.store_to_global(ref.at[batch, head, block * chunks + chunk], total.astype(ref.dtype))
 
                 @pl.when(place >= 0)
                 def write_partial():
-                    compat.store_to_global(outputs["partial"][name].at[batch, head, place * chunks + chunk], total)
+                    jax_compat.store_to_global(outputs["partial"][name].at[batch, head, place * chunks + chunk], total)
 
             _add_sums(memory, warpgroup, sums[name], write)
 
@@ -459,7 +459,7 @@ def sum_partials(g: Geometry, partials: jax.Array, ranges: jax.Array) -> jax.Arr
         @pl.when(count > 0)
         def write():
             found = lax.fori_loop(1, count, lambda i, total: total + load(place(i)), load(place(0)))
-            compat.store_to_global(total.at[batch, head, item], found)
+            jax_compat.store_to_global(total.at[batch, head, item], found)
 
     return plgpu.kernel(
         sum_parts,

@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from sparse_attn_jax import compat
+from sparse_attn_jax import jax_compat
 from sparse_attn_jax.implementations.mosaic import steps
 from sparse_attn_jax.selection import num_blocks
 
@@ -71,4 +71,4 @@ def _kernel(rows, ranks, counts, found):
             reached = functools.reduce(add, held, nothing)
         return jnp.where(reached.sum(axis=0) >= count, raised, threshold)
 
-    compat.store_to_global(found.at[batch, head, columns], lax.fori_loop(0, BITS, add_bit, count * 0))
+    jax_compat.store_to_global(found.at[batch, head, columns], lax.fori_loop(0, BITS, add_bit, count * 0))

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sparse_attn_jax import compat
+from sparse_attn_jax import jax_compat
 from sparse_attn_jax.arguments import AXES, attention_attributes
 from sparse_attn_jax.entry_point import is_off
 from sparse_attn_jax.implementations.mosaic import layout
@@ -21,7 +21,7 @@ WHOLE, UNUSED = -1, -2
 
 
 def call_attributes(problem: Problem, plan: TilePlan) -> dict[str, Any]:
-    interpreted = compat.interprets_kernels()
+    interpreted = jax_compat.interprets_kernels()
     return attention_attributes(problem, plan) | dict(interpreted=interpreted, may_partition=not interpreted)
 
 

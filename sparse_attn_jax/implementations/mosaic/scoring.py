@@ -8,7 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from sparse_attn_jax import compat
+from sparse_attn_jax import jax_compat
 from sparse_attn_jax.arguments import SELECTION_AXES, SELECTION_RESULTS
 from sparse_attn_jax.block_top_k import pick_blocks
 from sparse_attn_jax.entry_point import EntryPoint, is_off
@@ -151,7 +151,7 @@ def select_from_units(
         jnp.asarray(plan.units),
         jnp.asarray(plan.table),
         sizes=dict(n=problem.top_k),
-        may_partition=not compat.interprets_kernels(),
+        may_partition=not jax_compat.interprets_kernels(),
         problem=problem,
         chunk_elements=chunk_elements,
     )

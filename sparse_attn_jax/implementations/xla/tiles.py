@@ -10,7 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from sparse_attn_jax import compat
+from sparse_attn_jax import jax_compat
 from sparse_attn_jax.implementations.xla.config import Config
 from sparse_attn_jax.planning import WORD_BITS, TilePlan
 from sparse_attn_jax.problem import Operands, Problem, TokenMask
@@ -65,7 +65,7 @@ def make_geometry(problem: Problem, plan: TilePlan, config: Config) -> Geometry:
     return Geometry(problem, config, plan.tile_size, plan.row_group_tokens, plan.row_group_heads, plan.num_tiles)
 
 
-# Arrays that a loop reads from or writes to are kept as `compat.to_bits` gives them.
+# Arrays that a loop reads from or writes to are kept as `jax_compat.to_bits` gives them.
 
 # ---- rows: [batch, q_len, num_q_heads, n] <-> tiles [batch, num_tiles, tile_size, num_kv_heads, group_size, n]
 
@@ -75,24 +75,24 @@ def to_tiles(geometry: Geometry, x: jax.Array, fill: float = 0) -> jax.Array:
     padding = geometry.padded_q_len - x.shape[1]
     x = jnp.pad(x, [(0, 0), (0, padding), (0, 0), (0, 0)], constant_values=fill) if padding else x
     heads = (problem.num_kv_heads, problem.group_size)
-    return compat.to_bits(x.reshape(x.shape[0], geometry.num_tiles, geometry.tile_size, *heads, x.shape[-1]))
+    return jax_compat.to_bits(x.reshape(x.shape[0], geometry.num_tiles, geometry.tile_size, *heads, x.shape[-1]))
 
 
 def from_tiles(geometry: Geometry, x: jax.Array) -> jax.Array:
     problem = geometry.problem
     x = x.reshape(problem.batch, geometry.padded_q_len, problem.num_q_heads, x.shape[-1])[:, : problem.q_len]
-    return compat.from_bits(x, problem.dtype)
+    return jax_compat.from_bits(x, problem.dtype)
 
 
 def read_rows(geometry: Geometry, step: Step, x: jax.Array) -> jax.Array:
     """Rows of a step's items, [items, tile_size * group_size, n], from tiles."""
     rows = x.at[step.batch, step.tile, :, step.head].get(mode="clip")
-    return compat.from_bits(rows.reshape(rows.shape[0], -1, rows.shape[-1]), geometry.problem.dtype)
+    return jax_compat.from_bits(rows.reshape(rows.shape[0], -1, rows.shape[-1]), geometry.problem.dtype)
 
 
 def write_rows(step: Step, x: jax.Array, rows: jax.Array) -> jax.Array:
     """The inverse of `read_rows`: tiles with the rows of a step's items replaced."""
-    rows = compat.to_bits(rows.reshape(rows.shape[0], x.shape[2], *x.shape[4:]))
+    rows = jax_compat.to_bits(rows.reshape(rows.shape[0], x.shape[2], *x.shape[4:]))
     return x.at[step.batch, step.tile, :, step.head].set(rows, mode="drop")
 
 
@@ -104,7 +104,7 @@ def to_blocks(geometry: Geometry, x: jax.Array) -> jax.Array:
     problem = geometry.problem
     padding = (problem.num_kv_blocks + 1) * problem.kv_block_size - problem.kv_len
     x = jnp.pad(jnp.swapaxes(x, 1, 2), [(0, 0), (0, 0), (0, padding), (0, 0)])
-    return compat.to_bits(x.reshape(*x.shape[:2], problem.num_kv_blocks + 1, problem.kv_block_size, x.shape[-1]))
+    return jax_compat.to_bits(x.reshape(*x.shape[:2], problem.num_kv_blocks + 1, problem.kv_block_size, x.shape[-1]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +132,7 @@ def to_key_blocks(geometry: Geometry, operands: Operands) -> KeyBlocks:
 
 def zeros(shape: tuple[int, ...], dtype, operands: Operands) -> jax.Array:
     """Zeros for a loop's carry that vary over the same mesh axes as the operands, as shard_map requires."""
-    return compat.to_bits(compat.vary_like(jnp.zeros(shape, dtype), operands))
+    return jax_compat.to_bits(jax_compat.vary_like(jnp.zeros(shape, dtype), operands))
 
 
 def zero_gradients(geometry: Geometry, operands: Operands, keys: KeyBlocks) -> list[jax.Array | None]:
@@ -152,7 +152,7 @@ def from_gradient_blocks(geometry: Geometry, blocks: jax.Array) -> jax.Array:
 def read_blocks(geometry: Geometry, step: Step, x: jax.Array, ids: jax.Array) -> jax.Array:
     """Listed blocks of a step: x blocks, ids [items, chunk] -> [items, chunk * kv_block_size, n]."""
     blocks = x.at[step.batch[:, None], step.head[:, None], ids].get(mode="clip")
-    return compat.from_bits(blocks.reshape(ids.shape[0], -1, x.shape[-1]), geometry.problem.dtype)
+    return jax_compat.from_bits(blocks.reshape(ids.shape[0], -1, x.shape[-1]), geometry.problem.dtype)
 
 
 def add_blocks(step: Step, x: jax.Array, ids: jax.Array, update: jax.Array) -> jax.Array:
