@@ -15,6 +15,9 @@ Stages:
   selection    the selection beside the attention to what it chose.
   configs      the Pallas kernels with every configuration that fits; on compute capability 9.0.
 
+`python -m tools.measured_times OUT/tokens_*.json OUT/blocks_*.json OUT/selection_*.json` then takes the times into the table by
+which the dispatch prefers `mosaic` or `cuda`.
+
 Each stage writes its output to OUT/STAGE.log. OUT/summary.json says how each went, also of stages run before. The exit status
 is 1 if one of them failed now.
 """

@@ -222,6 +222,34 @@ def goal_sections(entries: Sequence[Entry]) -> str:
     return f"{section(titles[0], header + labels, forward)}\n\n{section(titles[1], header + labels, training)}"
 
 
+@dataclasses.dataclass(frozen=True)
+class SelectionKernel:
+    """Kernels of selection, and the forward that follows them.
+
+    Attributes:
+      seconds_of: of a selection on a device, the limits of the scores, and the time of making lists after it.
+    """
+
+    label: str
+    device: Device
+    arch: int
+    forward: str
+    seconds_of: Callable[[Selection, Device], tuple[dict[str, float], float]]
+
+
+def cuda_seconds(selection: Selection, device: Device) -> tuple[dict[str, float], float]:
+    """Lists are made as scores come, which the model leaves out."""
+    return selection_model.limits_of(selection, device), 0.0
+
+
+SELECTION_KERNELS = [SelectionKernel("SM90, H100 SXM", H100, 90, "forward SM90", cuda_seconds)]
+if jax_compat.HAS_MOSAIC_GPU:
+    from benchmarks import mosaic_selection_model
+
+    SELECTION_KERNELS.append(SelectionKernel("Pallas, H100 SXM", H100, 90, "forward Pallas", mosaic_selection_model.seconds_of))
+SELECTION_KERNELS.append(SelectionKernel("SM80, A100 SXM 80GB", A100, 80, "forward A100", cuda_seconds))
+
+
 def selection_of(case: Case, arch: int) -> Selection:
     """By InfLLM-v2's selector, as many blocks as the case's lists have, with the kernel of SM80 or SM90."""
     selector, platform = InfLLMV2(top_k=case.num_slots), dict(platform="gpu", compute_capability=None)
@@ -234,19 +262,21 @@ def selection_of(case: Case, arch: int) -> Selection:
 
 def selection_section(entries: Sequence[Entry]) -> str:
     """What comes before attention: the lists, and the plan of the forward's best tiles with its inverse."""
-    header = ["device", "tokens x batch", *(f"predicted {name} ms" for name in ("tensor", "exp", "shared", "memory"))]
-    header += ["predicted selection ms, at least", "goal: a quarter of the predicted forward", "predicted plan ms"]
+    header = ["kernels", "tokens x batch", *(f"predicted {name} ms" for name in ("tensor", "exp", "shared", "memory"))]
+    header += ["predicted ms of lists", "predicted selection ms, at least", "goal: a quarter of the predicted forward"]
+    header += ["predicted plan ms"]
     cells = []
-    for device, arch, kernel in ((H100, 90, "forward SM90"), (A100, 80, "forward A100")):
+    for kernel in SELECTION_KERNELS:
         for case in TOKEN_CASES.values():
-            limits = selection_model.limits_of(selection_of(case, arch), device)
-            forward = best(entries, kernel, case, "realistic")
+            limits, lists = kernel.seconds_of(selection_of(case, kernel.arch), kernel.device)
+            forward = best(entries, kernel.forward, case, "realistic")
             tokens, tiles = forward.schedule.tokens, case.q_len // forward.schedule.tokens
             pairs = case.batch * case.num_kv_heads
             plan = plan_model.Plan(case, tokens, round(forward.union * tiles), pairs)
-            figures = [f"{1e3 * seconds:.1f}" for seconds in (*limits.values(), max(limits.values()))]
-            figures += [f"{SELECTION_GOAL * forward.ms:.1f}", f"{1e3 * plan_model.seconds_of(plan, device):.2f}"]
-            cells.append([device.name, f"{case.q_len:,} x {case.batch}", *figures])
+            total = max(limits.values()) + lists
+            figures = [f"{1e3 * seconds:.1f}" if seconds else "" for seconds in (*limits.values(), lists, total)]
+            figures += [f"{SELECTION_GOAL * forward.ms:.1f}", f"{1e3 * plan_model.seconds_of(plan, kernel.device):.2f}"]
+            cells.append([kernel.label, f"{case.q_len:,} x {case.batch}", *figures])
     return section("Selection and plans, realistic lists", header, cells)
 
 

@@ -7,11 +7,12 @@ from types import ModuleType
 
 from absl import logging
 
+from sparse_attn_jax import measured
 from sparse_attn_jax.implementations import cuda, mosaic, xla
 from sparse_attn_jax.problem import Problem
 from sparse_attn_jax.scoring_problem import ScoringProblem
 
-# In order of preference.
+# In order of preference, where nothing was measured.
 IMPLEMENTATIONS: Mapping[str, ModuleType] = {"mosaic": mosaic, "cuda": cuda, "xla": xla}
 
 # The names of the library's own custom calls. An exported program depends on them, which `jax.export.export` wants to be told:
@@ -51,10 +52,12 @@ def reasons_against(name: str, problem: Problem | ScoringProblem) -> tuple[str, 
     return module.supports_scoring(problem) if isinstance(problem, ScoringProblem) else module.supports(problem)
 
 
-def requested_names(implementation: str | Sequence[str] | None) -> tuple[str, ...]:
-    """The implementations to consider, in order."""
+def requested_names(
+    implementation: str | Sequence[str] | None, problem: Problem | ScoringProblem | None = None
+) -> tuple[str, ...]:
+    """The implementations to consider, in order: as given, or the fastest first as far as they were measured on the device."""
     if implementation is None:
-        return tuple(IMPLEMENTATIONS)
+        return tuple(IMPLEMENTATIONS) if problem is None else measured.fastest_first(IMPLEMENTATIONS, problem)
     names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
     for name in names or ("",):
         if name not in IMPLEMENTATIONS:
@@ -64,7 +67,7 @@ def requested_names(implementation: str | Sequence[str] | None) -> tuple[str, ..
 
 
 def explain(problem: Problem | ScoringProblem, implementation: str | Sequence[str] | None) -> Explanation:
-    names = requested_names(implementation)
+    names = requested_names(implementation, problem)
     reasons = {name: reasons_against(name, problem) for name in names}
     chosen = next((name for name in names if not reasons[name]), None)
     return Explanation(chosen, reasons, problem)

@@ -1,7 +1,7 @@
 """The static description of one attention call, and the arrays that go with it."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -43,6 +43,7 @@ class Problem:
     varlen: bool = False
     platform: str = "cpu"
     compute_capability: str | None = None
+    device_kind: str | None = None
 
     @property
     def group_size(self) -> int:
@@ -90,8 +91,16 @@ class TokenMask:
 COMPUTE_CAPABILITIES = {"A100": "8.0", "H100": "9.0", "H200": "9.0", "H800": "9.0", "H20": "9.0", "GH200": "9.0"}
 
 
-def device_of(x: Any) -> tuple[str, str | None]:
-    """Platform and compute capability of a concrete array's device; else of the context's mesh, or of the default device.
+class Device(NamedTuple):
+    """What a problem says of the device that will run it."""
+
+    platform: str
+    compute_capability: str | None
+    device_kind: str
+
+
+def device_of(x: Any) -> Device:
+    """The device of a concrete array; else that of the context's mesh, or the default device.
 
     The mesh of `jax.set_mesh` may be one of GPUs that are not here, for which a program is compiled.
     """
@@ -100,11 +109,12 @@ def device_of(x: Any) -> tuple[str, str | None]:
     if not concrete and wanted is not None:
         here = jax.local_devices()[0]
         if wanted.device_kind == here.device_kind:
-            return here.platform, getattr(here, "compute_capability", None)
+            return Device(here.platform, getattr(here, "compute_capability", None), here.device_kind)
         words = wanted.device_kind.replace("-", " ").split()
         found = (capability for word, capability in COMPUTE_CAPABILITIES.items() if word in words)
-        return ("gpu" if wanted.platform == "cuda" else wanted.platform), next(found, None)
+        platform = "gpu" if wanted.platform == "cuda" else wanted.platform
+        return Device(platform, next(found, None), wanted.device_kind)
     device = next(iter(x.devices())) if concrete else jax.config.jax_default_device
     if not isinstance(device, jax.Device):
         device = jax.local_devices()[0]
-    return device.platform, getattr(device, "compute_capability", None)
+    return Device(device.platform, getattr(device, "compute_capability", None), device.device_kind)

@@ -163,19 +163,17 @@ def scoring_problem(
     checks.check_forced_blocks(top_k, num_sink_blocks, num_local_blocks)
     checks.check_own_block(num_local_blocks, fields["is_causal"])
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    platform, compute_capability = device_of(query)
     return ScoringProblem(
         num_q_heads=query.shape[2],
         num_kv_heads=compressed.shape[2],
         head_dim=query.shape[-1],
         dtype=query.dtype.name,
         unit_dtype=compressed.dtype.name,
-        platform=platform,
-        compute_capability=compute_capability,
         scale=scale,
         top_k=top_k,
         num_sink_blocks=num_sink_blocks,
         num_local_blocks=num_local_blocks,
+        **device_of(query)._asdict(),
         **fields,
     )
 

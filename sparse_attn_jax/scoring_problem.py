@@ -29,6 +29,7 @@ class ScoringProblem:
     unit_dtype: str  # of the compressed keys
     platform: str
     compute_capability: str | None
+    device_kind: str | None = None
     kv_len: int
     block_size: int = 64
     kernel_size: int = 32

@@ -215,7 +215,6 @@ def make_problem(
     check_segment_ids(query_segment_ids, key_value_segment_ids, batch, q_len, kv_len)
     check_key_bias(key_bias, (batch, num_kv_heads, kv_len))
     scale, logits_soft_cap = check_options(is_causal, scale, logits_soft_cap, head_dim)
-    platform, compute_capability = device_of(query)
     return Problem(
         batch=batch,
         q_len=q_len,
@@ -238,6 +237,5 @@ def make_problem(
         has_key_bias=key_bias is not None,
         predicate=None if selection.predicate is None else type(selection.predicate).__name__,
         varlen=varlen,
-        platform=platform,
-        compute_capability=compute_capability,
+        **device_of(query)._asdict(),
     )

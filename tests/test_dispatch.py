@@ -1,5 +1,6 @@
 """Dispatch: names, reasons, no silent fallback, one log line per choice."""
 
+import dataclasses
 import logging as std_logging
 
 import jax
@@ -7,7 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 import sparse_attn_jax as sa
-from sparse_attn_jax import dispatch
+from sparse_attn_jax import dispatch, measured
+from tools import measured_times
 
 
 def arguments():
@@ -69,3 +71,73 @@ def test_problem_is_hashable_and_supports_is_pure():
     assert hash(problem) == hash(sa.explain(*arguments()).problem)
     for name in dispatch.IMPLEMENTATIONS:
         assert dispatch.reasons_against(name, problem) == dispatch.reasons_against(name, problem)
+
+
+DEVICE = dict(platform="gpu", compute_capability="9.0", device_kind="NVIDIA H100 80GB HBM3")
+
+
+def gpu_problem(**changes):
+    problem = sa.explain(*arguments()).problem
+    return dataclasses.replace(problem, **(DEVICE | dict(dtype="bfloat16", head_dim=128, kv_len=32768) | changes))
+
+
+def row(kv_len, milliseconds, **changes):
+    """What `tools.measured_times` writes of one case of `gpu_problem`."""
+    case = dict(op="attention", device_kind=DEVICE["device_kind"], dtype="bfloat16", head_dim=128, group_size=2)
+    return case | dict(kv_block_size=16, per_token=False, kv_len=kv_len, milliseconds=milliseconds) | changes
+
+
+def test_nothing_measured_keeps_the_default_order(monkeypatch):
+    for rows in ((), (row(32768, dict(cuda=1.0, mosaic=2.0), device_kind="NVIDIA A100-SXM4-80GB"),)):
+        monkeypatch.setattr(measured, "read_rows", lambda rows=rows: rows)
+        assert tuple(dispatch.explain(gpu_problem(), None).reasons) == ("mosaic", "cuda", "xla")
+
+
+def test_what_was_measured_faster_is_preferred(monkeypatch):
+    rows = (row(32768, dict(cuda=1.0, mosaic=2.0)), row(131072, dict(cuda=9.0, mosaic=8.0)))
+    monkeypatch.setattr(measured, "read_rows", lambda: rows)
+    order = lambda **changes: tuple(dispatch.explain(gpu_problem(**changes), None).reasons)
+    assert order() == order(kv_len=16384) == order(kv_len=60000) == ("cuda", "mosaic", "xla")
+    assert order(kv_len=70000) == order(kv_len=10**6) == ("mosaic", "cuda", "xla")
+    for other in (dict(head_dim=64), dict(dtype="float16"), dict(kv_block_size=64), dict(q_block_size=1), dict(num_q_heads=2)):
+        assert order(**other) == ("mosaic", "cuda", "xla")
+    assert tuple(dispatch.explain(gpu_problem(), ("mosaic", "cuda")).reasons) == ("mosaic", "cuda"), "what was asked for stays"
+
+
+def test_an_implementation_that_was_not_measured_keeps_its_place(monkeypatch):
+    monkeypatch.setattr(measured, "read_rows", lambda: (row(32768, dict(cuda=9.0, xla=2.0)),))
+    assert tuple(dispatch.explain(gpu_problem(), None).reasons) == ("mosaic", "xla", "cuda")
+
+
+def test_the_committed_table_can_be_read():
+    for found in measured.read_rows():
+        assert set(found) == {*measured.CASE, "kv_len", "milliseconds"} and set(found["milliseconds"]) <= set(
+            dispatch.IMPLEMENTATIONS
+        )
+
+
+def results(rows, selector=None):
+    """A file of results with one workload, the case of `gpu_problem`."""
+    case = dict(dtype="bfloat16", head_dim=128, num_q_heads=4, num_kv_heads=2, q_block_size=16, kv_block_size=16, kv_len=32768)
+    fields = ("op", "mode", "contender", "kind", "status", "median_ms")
+    workload = dict(case=case, selector=selector, rows=[dict(zip(fields, values)) for values in rows])
+    return dict(machine=dict(device=DEVICE["device_kind"]), sections=[dict(workloads=[workload])])
+
+
+def test_times_of_the_benchmarks_become_rows():
+    attention = [
+        ("attention", "forward", "cuda", "implementation", "timed", 0.1),
+        ("attention", "forward_backward", "cuda", "implementation", "timed", 1.5),
+        ("attention", "forward_backward", "mosaic", "implementation", "timed", 1.25),
+        ("attention", "forward_backward", "xla", "implementation", "WRONG", None),
+        ("attention", "forward_backward", "torch-flex", "baseline", "timed", 1.0),
+    ]
+    expected = row(32768, dict(cuda=1.5, mosaic=1.25))
+    assert list(measured_times.rows_of(results(attention))) == [expected]
+    assert list(measured_times.rows_of(results(attention[:2]))) == [], "one implementation leaves nothing to choose"
+    selection = [("selection", "forward", f"InfLLMV2 {name}", "selector", "timed", 2.0) for name in ("cuda", "mosaic")]
+    found = list(measured_times.rows_of(results(selection, selector=dict(block_size=64))))
+    times = dict(cuda=2.0, mosaic=2.0)
+    assert found == [expected | dict(op="selection", kv_block_size=64, per_token=True, milliseconds=times)]
+    newer = expected | dict(milliseconds=dict(cuda=1.0, mosaic=2.0))
+    assert measured_times.merge([expected, *found], [newer]) == [newer, *found]

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import selection_model as model
 from benchmarks.devices import A100, H100
+from sparse_attn_jax import jax_compat
 from sparse_attn_jax.implementations.cuda import library
 from sparse_attn_jax.implementations.cuda.scoring import select_from_units
 from sparse_attn_jax.testing.selection_cases import make_problem
@@ -84,3 +85,42 @@ def test_limits_by_hand():
     seconds_per_byte, seconds_per_flop = 1 / (132 * 1.83e9 * 128), 1 / 989.4e12
     expected = (3 * 64 * 256 * seconds_per_byte) / (2 * 64 * 128 * 128 * seconds_per_flop)
     assert of_wgmma["shared"] / of_wgmma["tensor"] == pytest.approx(expected, rel=1e-3)
+
+
+def walked_steps(selection) -> int:
+    """Of thread blocks of 32 tokens: steps of 64 coarse units that their last query sees, and 5 for every 64 blocks up to its own.
+
+    A block of 16 keys overlaps 5 units of 8 keys that start every 4.
+    """
+    p, total = selection.problem, 0
+    for first in range(0, selection.q_len, 32):
+        position = p.kv_len - selection.q_len + min(first + 31, selection.q_len - 1)
+        seen = [
+            unit
+            for unit in range(selection.coarse.count)
+            if unit * p.coarse_kernel_stride + p.coarse_kernel_size - 1 <= position
+        ]
+        blocks = position // p.block_size + 1
+        total += -(-len(seen) // 64) + 5 * -(-blocks // 64)
+    return total * selection.num_lists
+
+
+@pytest.mark.skipif(not jax_compat.HAS_MOSAIC_GPU, reason="needs JAX 0.11 or newer")
+def test_pallas_counts_follow_from_the_definition():
+    from benchmarks import mosaic_selection_model as mosaic_model
+
+    selection = selection_of(70, kv_len=2333, num_q_heads=16, num_kv_heads=2, use_coarse=True, arch=90)
+    counts = mosaic_model.counts_of(selection)
+    assert counts.steps == walked_steps(selection)
+    # A tile has 16 tokens of 8 heads, and a thread block two tiles.
+    assert counts.products == 2 * counts.steps
+    scores_of_a_step = 64 * 32 * 4
+    assert counts.stored == 2 * 3 * 3 * scores_of_a_step, "2 lists, 3 thread blocks, 3 groups of 64 blocks"
+    step_bytes, tile_bytes = 64 * 64 * 2 + 3 * 64 * 4, 128 * 64 * 2 + 128 * 4
+    assert counts.loaded == counts.steps * step_bytes + 2 * 3 * 2 * tile_bytes
+    limits, lists = mosaic_model.seconds_of(selection, H100)
+    assert limits["tensor"] == pytest.approx(counts.products * 2 * 64 * 128 * 64 / 989.4e12)
+    num_scores = 2 * 70 * 146  # lists, queries, blocks
+    counting, passes = num_scores * 64 / (132 * 1.83e9 * 64), num_scores * 4 * 3 / 3.35e12
+    indices = 2 * 70 * selection.problem.top_k * 4 / 3.35e12
+    assert lists == pytest.approx(max(counting, num_scores * 4 / 3.35e12) + passes + indices)
