@@ -23,6 +23,22 @@ settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
+def pytest_addoption(parser) -> None:
+    parser.addoption("--cases", type=int, help="At most so many cases of each parametrized test, evenly spaced.")
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    most = config.getoption("--cases")
+    if most is None:
+        return
+    by_test = {}
+    for item in items:
+        by_test.setdefault(item.nodeid.split("[")[0], []).append(item)
+    kept = {item for cases in by_test.values() for item in cases[:: max(1, -(-len(cases) // most))]}
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
+
+
 @pytest.fixture(scope="session")
 def cpp_compiler() -> str:
     found = shutil.which("g++")
