@@ -17,11 +17,18 @@ CUMULATIVE_RULES = ("exclusive", "inclusive")
 
 
 def check_fraction(name: str, value: object) -> None:
-    """Raises `ValueError` unless `value` is a number in [0, 1], or a tuple of such for each query head."""
-    values = value if isinstance(value, tuple) and value else (value,)
-    for x in values:
-        if isinstance(x, bool) or not isinstance(x, numbers.Real) or not 0 <= x <= 1:
-            raise ValueError(f"`{name}` is {value!r}; it must be a number in [0, 1], or a tuple of one for each query head.")
+    """Raises `ValueError` unless `value` is a number in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value <= 1:
+        raise ValueError(f"`{name}` is {value!r}; it must be a number in [0, 1].")
+
+
+def check_fractions(name: str, value: object) -> None:
+    """Raises `ValueError` unless `value` is a number in [0, 1], or a tuple with one for each query head."""
+    if isinstance(value, tuple) and value:
+        for i, x in enumerate(value):
+            check_fraction(f"{name}[{i}]", x)
+    else:
+        check_fraction(name, value)
 
 
 def per_head(name: str, value: float | tuple[float, ...], num_heads: int) -> jax.Array:
@@ -29,6 +36,11 @@ def per_head(name: str, value: float | tuple[float, ...], num_heads: int) -> jax
     if isinstance(value, tuple) and len(value) != num_heads:
         raise ValueError(f"`{name}` has {len(value)} entries; the call has {num_heads} query heads.")
     return jnp.asarray(value, jnp.float32).reshape(-1, 1, 1)
+
+
+def dot_operand(x: jax.Array) -> jax.Array:
+    """`x` as matrix units take it: 16-bit floats as they are, whose products float32 holds exactly; others as float32."""
+    return x if x.dtype.itemsize == 2 else x.astype(jnp.float32)
 
 
 def block_means(x: jax.Array, block_size: int) -> jax.Array:
@@ -53,6 +65,27 @@ def block_sums(x: jax.Array, block_size: int, axis: int = -1) -> jax.Array:
     return x.reshape(*x.shape[:axis], -1, block_size, *x.shape[axis + 1 :]).sum(axis=axis + 1, dtype=jnp.float32)
 
 
+def block_extremes(values: jax.Array, mask: jax.Array, block_size: int) -> tuple[jax.Array, jax.Array]:
+    """The lowest and the highest value among the marked entries of each block.
+
+    Args:
+      values: int32 [..., n], at least 0; broadcasts with `mask`.
+      mask: bool [..., n].
+      block_size: entries per block.
+
+    Returns:
+      int32 [..., num_blocks] each; where nothing is marked, the highest int32 there is and -1.
+    """
+    highest = jnp.iinfo(jnp.int32).max
+    padding = [(0, 0)] * (mask.ndim - 1) + [(0, -mask.shape[-1] % block_size)]
+
+    def blocked(empty):
+        marked = jnp.pad(jnp.where(mask, values, empty), padding, constant_values=empty)
+        return marked.reshape(*marked.shape[:-1], -1, block_size)
+
+    return blocked(highest).min(axis=-1), blocked(-1).max(axis=-1)
+
+
 def block_lengths(length: int, block_size: int) -> jax.Array:
     """The tokens of each block: int32 [num_blocks]."""
     starts = jnp.arange(num_blocks(length, block_size), dtype=jnp.int32) * block_size
@@ -75,6 +108,11 @@ def pooled_logits(query_means: jax.Array, key_means: jax.Array, scale: float = 1
     grouped = query_means.reshape(batch, num_q_blocks, num_kv_heads, num_q_heads // num_kv_heads, head_dim) * scale
     logits = jnp.einsum("bqngd,bknd->bngqk", grouped, key_means, precision=jax.lax.Precision.HIGHEST)
     return logits.reshape(batch, num_q_heads, num_q_blocks, -1)
+
+
+def max_touched_blocks(num_tokens: int, block_size: int) -> int:
+    """How many blocks so many successive tokens can lie in, wherever they start."""
+    return num_blocks(num_tokens - 1, block_size) + 1 if num_tokens else 0
 
 
 def row_positions(q_offset: int | jax.Array | None, q_len: int, kv_len: int, q_block_size: int) -> tuple[jax.Array, jax.Array]:
@@ -115,27 +153,12 @@ def masked_softmax(logits: jax.Array, mask: jax.Array) -> jax.Array:
     return weights / jnp.where(total > 0, total, 1.0)
 
 
-def descending_ranks(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The scores along the last axis from high to low, and each entry's place among them, the lower id first among equals.
-
-    Args:
-      scores: float32 [..., n], without NaN.
-
-    Returns:
-      float32 [..., n] and int32 [..., n].
-    """
-    ids = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
-    ascending, order = jax.lax.sort((-scores, ids), num_keys=1, is_stable=True)
-    _, ranks = jax.lax.sort((order, ids), num_keys=1)
-    return -ascending, ranks
-
-
 def top_k_mask(scores: jax.Array, top_k: int | jax.Array, allowed: jax.Array, forced: jax.Array | None = None) -> jax.Array:
-    """Marks the forced entries, then those of the highest score, `top_k` in all, or more if more are forced.
+    """Marks the forced entries, then those of the highest score: `top_k` in all, or more if more are forced.
 
     Args:
-      scores: float32 [..., n]. -inf and NaN are not chosen, unless forced.
-      top_k: an int, or int32 that broadcasts with [..., 1].
+      scores: float32 [..., n]. -inf and NaN are not chosen, unless forced. The lower id goes first among equals.
+      top_k: an int, or int32 that broadcasts with [..., 1]; more than there are marks them all.
       allowed: bool, broadcasts with `scores`; nothing else is marked.
       forced: bool, broadcasts with `scores`; `None` forces nothing.
 
@@ -144,11 +167,21 @@ def top_k_mask(scores: jax.Array, top_k: int | jax.Array, allowed: jax.Array, fo
     """
     allowed = jnp.broadcast_to(allowed, scores.shape)
     forced = allowed & (False if forced is None else forced)
-    candidates = allowed & (scores > -jnp.inf)  # also leaves out NaN
-    # Forced entries of score +inf and others may be level, so forced ones are told apart rather than ranked.
-    _, ranks = descending_ranks(jnp.where(candidates & ~forced, scores, -jnp.inf))
+    # The comparison also leaves out NaN.
+    scores = jnp.where(allowed & ~forced & (scores > -jnp.inf), scores, -jnp.inf)
     num_free = top_k - forced.sum(axis=-1, keepdims=True, dtype=jnp.int32)
-    return forced | (candidates & ~forced & (ranks < num_free))
+    return forced | _highest(scores, jnp.sort(scores, axis=-1, descending=True), num_free)
+
+
+def _highest(scores: jax.Array, ordered: jax.Array, count: jax.Array) -> jax.Array:
+    """Marks the `count` [..., 1] highest entries that are not -inf; `ordered` is `scores` from high to low."""
+    last = jnp.clip(count - 1, 0, scores.shape[-1] - 1)
+    threshold = jnp.take_along_axis(ordered, jnp.broadcast_to(last, (*scores.shape[:-1], 1)), axis=-1)
+    above = scores > threshold
+    level = scores == threshold
+    num_level = count - above.sum(axis=-1, keepdims=True, dtype=jnp.int32)
+    is_marked = above | (level & (jnp.cumsum(level, axis=-1, dtype=jnp.int32) <= num_level))
+    return is_marked & (scores > -jnp.inf)
 
 
 def cumulative_mass_mask(
@@ -178,11 +211,24 @@ def cumulative_mass_mask(
     forced = allowed & (False if forced is None else forced)
     mass = jnp.where(allowed & ~jnp.isnan(mass), mass, 0.0)
     forced_mass = jnp.where(forced, mass, 0.0).sum(axis=-1, keepdims=True)
-    # What is not a candidate goes last and adds nothing.
     candidates = allowed & ~forced
-    ordered, ranks = descending_ranks(jnp.where(candidates, mass, -1.0))
+    scores = jnp.where(candidates, mass, -jnp.inf)
+    ordered = jnp.sort(scores, axis=-1, descending=True)
     up_to = forced_mass + jnp.cumsum(jnp.maximum(ordered, 0.0), axis=-1)
     before = jnp.concatenate([forced_mass, up_to[..., :-1]], axis=-1)
     share = threshold * up_to[..., -1:]
     num_marked = (before < share if rule == "exclusive" else up_to <= share).sum(axis=-1, keepdims=True, dtype=jnp.int32)
-    return forced | (candidates & ((ranks < num_marked) | (jnp.asarray(threshold) >= 1)))
+    return forced | _highest(scores, ordered, num_marked) | (candidates & (jnp.asarray(threshold) >= 1))
+
+
+def cover_count(mass: jax.Array, threshold: float | jax.Array) -> jax.Array:
+    """The fewest entries of the last axis whose mass exceeds `threshold` of the whole: int32 [..., 1].
+
+    One more than there are if none do, as with a threshold of 1.
+
+    Args:
+      mass: float32 [..., n], not negative, no NaN.
+      threshold: broadcasts with [..., 1].
+    """
+    up_to = jnp.cumsum(jnp.sort(mass, axis=-1, descending=True), axis=-1)
+    return 1 + (up_to <= threshold * up_to[..., -1:]).sum(axis=-1, keepdims=True, dtype=jnp.int32)
