@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from sparse_attn_jax import attention, dispatch, validation, varlen
 from sparse_attn_jax.causal_safety import watch_training
+from sparse_attn_jax.permutation import check_permuted_selection, find_permutation, permute_call
 from sparse_attn_jax.planning import TilePlan, build_plan
 from sparse_attn_jax.problem import MAX_LENGTH, Operands, Problem, TokenMask
 from sparse_attn_jax.selection import BlockSelection
@@ -172,6 +173,12 @@ def sparse_attention(
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Selects blocks with `selector`, then attends to them: `block_sparse_attention` of `selector(query, key, ...)`.
 
+    A selector may ask for the tokens in another order, by a method `permutation(query, key)` that gives a `TokenPermutation`
+    or `None`. Then query, key, value, segment ids and key bias are permuted, the selector is called on the permuted query and
+    key as `selector(query, key, is_causal=, permutation=)`, and the result is put back in order. The op knows only permuted
+    positions, so its own causality is off: the selection's predicate has to keep causality by original positions, if
+    `is_causal`, and has to hide padding, if there is any. `TokenPermutation.predicate` does both.
+
     Args:
       query: [batch, q_len, num_q_heads, head_dim].
       key: [batch, kv_len, num_kv_heads, head_dim].
@@ -180,7 +187,8 @@ def sparse_attention(
         `causal_safe` is False warns once if causal attention with it is differentiated.
       is_causal: given to selector and op alike. Default: False.
       q_offset: given to selector and op alike. Default: kv_len - q_len.
-      **options: the other keyword arguments of `block_sparse_attention`.
+      **options: the other keyword arguments of `block_sparse_attention`. With permuted tokens there is no window, no sinks
+        and no offset, and no segment ids if each head has an order of its own.
 
     Returns:
       As `block_sparse_attention`.
@@ -190,9 +198,17 @@ def sparse_attention(
       NotImplementedError: none of the implementations asked for can run this call.
     """
     validation.check_qkv(query, key, value)
-    selection = selector(query, key, is_causal=is_causal, q_offset=q_offset)
+    permutation = find_permutation(selector, query, key)
+    if permutation is None:
+        selection = selector(query, key, is_causal=is_causal, q_offset=q_offset)
+        query = watch_training(query, selector, is_causal)
+        return block_sparse_attention(query, key, value, selection, is_causal=is_causal, q_offset=q_offset, **options)
+    query, key, value, options = permute_call(permutation, query, key, value, q_offset, options)
+    selection = selector(query, key, is_causal=is_causal, permutation=permutation)
+    check_permuted_selection(permutation, selection, is_causal)
     query = watch_training(query, selector, is_causal)
-    return block_sparse_attention(query, key, value, selection, is_causal=is_causal, q_offset=q_offset, **options)
+    result = block_sparse_attention(query, key, value, selection, **options)
+    return jax.tree.map(permutation.undo, result)
 
 
 def plan_attention(
