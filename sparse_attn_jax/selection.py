@@ -23,7 +23,7 @@ class BlockSelection:
       kv_block_size: key tokens per block id, counted from key 0.
       predicate: `None`, or a callable pytree `predicate(batch, head, q_position, kv_position) -> bool` that is applied on top
         of the token mask, for selections that are exact below block size. It receives int32 arrays that broadcast together
-        (positions are absolute) and must work elementwise.
+        (positions are absolute) and must work elementwise. Implementations other than `xla` know only `WindowPredicate`.
     """
 
     indices: jax.Array
@@ -93,6 +93,34 @@ class BlockSelection:
         indices = jnp.where(inside, ids, -1).astype(jnp.int32)[None]
         return cls(indices, q_block_size=q_block_size, kv_block_size=kv_block_size)
 
+    def to_csr(self, kv_len: int) -> tuple[jax.Array, jax.Array]:
+        """The selection as per-head CSR: the inverse of `from_csr`. A predicate is lost.
+
+        Args:
+          kv_len: number of keys.
+
+        Returns:
+          crow: int32 [heads, num_q_blocks + 1], row offsets into `col`.
+          col: int32 [heads, capacity], KV block ids, ascending within a row and each once; past the last offset -1. The
+            capacity is num_q_blocks * num_slots; concrete indices give that of the head with most ids, at least 1.
+
+        Raises:
+          ValueError: the selection has more than one batch row.
+        """
+        if self.indices.shape[0] != 1:
+            raise ValueError(f"`indices` has batch size {self.indices.shape[0]}; CSR holds one batch row, so it must be 1.")
+        ids, is_first = (x[0] for x in self._sort_lists(kv_len))
+        heads, num_q_blocks, num_slots = ids.shape
+        ends = jnp.cumsum(is_first.sum(axis=-1), axis=-1, dtype=jnp.int32)
+        crow = jnp.pad(ends, [(0, 0), (1, 0)])
+        capacity = num_q_blocks * num_slots
+        if not isinstance(crow, jax.core.Tracer):
+            capacity = max(1, int(crow[:, -1].max()))
+        ids, is_first = ids.reshape(heads, -1), is_first.reshape(heads, -1)
+        position = jnp.where(is_first, jnp.cumsum(is_first, axis=-1, dtype=jnp.int32) - 1, capacity)
+        col = jnp.full((heads, capacity), -1, jnp.int32)
+        return crow, col.at[jnp.arange(heads)[:, None], position].set(ids, mode="drop")
+
     def to_block_mask(self, kv_len: int) -> jax.Array:
         """The selection as a boolean mask.
 
@@ -132,11 +160,15 @@ class BlockSelection:
         Returns:
           float32 scalar in [0, 1]. Duplicates count once; ids out of range do not count.
         """
+        ids, is_first = self._sort_lists(kv_len)
+        return is_first.mean(dtype=jnp.float32) * (ids.shape[-1] / num_blocks(kv_len, self.kv_block_size))
+
+    def _sort_lists(self, kv_len: int) -> tuple[jax.Array, jax.Array]:
+        """The ids in ascending order, [batch or 1, heads, num_q_blocks, num_slots], and where the first of each is."""
         num_kv_blocks = num_blocks(kv_len, self.kv_block_size)
         ids = jnp.sort(self.indices, axis=-1)
-        first = jnp.concatenate([jnp.ones_like(ids[..., :1], bool), ids[..., 1:] != ids[..., :-1]], axis=-1)
-        selected = first & (ids >= 0) & (ids < num_kv_blocks)
-        return selected.mean(dtype=jnp.float32) * (ids.shape[-1] / num_kv_blocks)
+        is_new = jnp.concatenate([jnp.ones_like(ids[..., :1], bool), ids[..., 1:] != ids[..., :-1]], axis=-1)
+        return ids, is_new & (ids >= 0) & (ids < num_kv_blocks)
 
 
 def check_block_sizes(q_block_size: int, kv_block_size: int) -> None:

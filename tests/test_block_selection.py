@@ -65,6 +65,36 @@ def test_csr_offsets_out_of_range_read_nothing():
     assert mask.shape == (1, 1, 3, 6)
 
 
+def test_csr_of_a_selection_is_ascending_and_without_what_is_ignored():
+    indices = [[[[5, -1, 5, 0], [-1, -1, -1, -1], [7, 9, 2, -2]], [[3, -1, -1, -1], [6, 1, 4, 0], [0, 0, 0, 0]]]]
+    crow, col = select(indices).to_csr(60)  # 8 blocks
+    assert (crow.dtype, col.dtype) == (jnp.int32, jnp.int32)
+    np.testing.assert_array_equal(crow, [[0, 2, 2, 4], [0, 1, 5, 6]])
+    np.testing.assert_array_equal(col, [[0, 5, 2, 7, -1, -1], [3, 0, 1, 4, 6, 0]])
+
+
+def test_csr_survives_the_round_trip():
+    selection = sa.BlockSelection.from_block_mask(jnp.asarray(random_mask((1, 3, 5, 7))), **SIZES)
+
+    def again(selection):
+        crow, col = selection.to_csr(56)
+        return col, sa.BlockSelection.from_csr(crow, col, **SIZES)
+
+    col, rebuilt = again(selection)
+    traced_col, traced = jax.jit(again)(selection)
+    longest = int((selection.indices >= 0).sum((2, 3)).max())
+    assert col.shape == (3, longest) and traced_col.shape == (3, 5 * 7)
+    np.testing.assert_array_equal(traced_col[:, :longest], col)
+    for other in (rebuilt, traced):
+        np.testing.assert_array_equal(other.to_block_mask(56), selection.to_block_mask(56))
+
+
+def test_csr_of_empty_lists():
+    crow, col = select([[[[-1, -1], [-1, 99]]]]).to_csr(56)
+    np.testing.assert_array_equal(crow, [[0, 0, 0]])
+    np.testing.assert_array_equal(col, [[-1]])
+
+
 @pytest.mark.parametrize("heads", [1, 2, 4])
 def test_dense_mask_equals_the_definition(heads):
     sizes = dict(q_len=18, kv_len=50, q_block_size=4, kv_block_size=8)
@@ -109,6 +139,7 @@ BAD_INPUT = {
     "csr_col_dtype": ("col", lambda: sa.BlockSelection.from_csr(CROW, COL.astype(float), **SIZES)),
     "csr_heads": ("crow", lambda: sa.BlockSelection.from_csr(CROW, COL[:1], **SIZES)),
     "csr_no_offsets": ("crow", lambda: sa.BlockSelection.from_csr(CROW[:, :0], COL, **SIZES)),
+    "csr_of_a_batch": ("indices", lambda: select([[[[0]]], [[[0]]]]).to_csr(8)),
     "csr_q_block_size": ("q_block_size", lambda: sa.BlockSelection.from_csr(CROW, COL, q_block_size=2.0, kv_block_size=8)),
 }
 
