@@ -12,6 +12,7 @@ from sparse_attn_jax.permutation import check_permuted_selection, find_permutati
 from sparse_attn_jax.planning import TilePlan, build_plan
 from sparse_attn_jax.problem import MAX_LENGTH, Operands, Problem, TokenMask
 from sparse_attn_jax.selection import BlockSelection
+from sparse_attn_jax.window_predicate import fold_window
 
 Window = tuple[int | jax.Array, int | jax.Array] | int
 
@@ -47,7 +48,8 @@ def block_sparse_attention(
       key: [batch, kv_len, num_kv_heads, head_dim], dtype of query. Query head h reads KV head
         h // (num_q_heads // num_kv_heads).
       value: [batch, kv_len, num_kv_heads, value_head_dim], dtype of query.
-      selection: the blocks to attend, or a plan of them made by `plan_attention` for these sizes.
+      selection: the blocks to attend, or a plan of them made by `plan_attention` for these sizes. If it has a
+        `WindowPredicate` and neither a window nor sinks are given here, those are its own.
       is_causal: query i sees key j only if j <= i + q_offset. Default: False.
       local_window_size: (left, right): query i sees key j only if i - left <= j - q_offset <= i + right. Each an int of at
         least 0, an int32 array [num_q_heads], or None for no bound; a single int is both. Default: no window.
@@ -328,14 +330,17 @@ def _bounded(x: int | jax.Array, limit: int) -> jax.Array:
     return jnp.clip(jnp.asarray(x), -limit, limit).astype(jnp.int32)
 
 
-def _window_arrays(
-    problem: Problem, local_window_size: Window | None, num_sinks: int | jax.Array
-) -> dict[str, jax.Array | None]:
+def _window_options(
+    problem: Problem, local_window_size: Window | None, num_sinks: int | jax.Array, predicate: Any
+) -> dict[str, Any]:
+    """The window, the sinks and the predicate of a `TokenMask`."""
+    local_window_size, num_sinks, predicate = fold_window(predicate, local_window_size, num_sinks)
     if local_window_size is None:
-        return {}  # sinks are exceptions to a window
+        return dict(predicate=predicate)  # sinks are exceptions to a window
     left, right = (local_window_size,) * 2 if isinstance(local_window_size, int) else local_window_size
     sinks = _per_head(problem, num_sinks) if problem.has_sinks else None
-    return dict(window_left=_per_head(problem, left), window_right=_per_head(problem, right), num_sinks=sinks)
+    sides = dict(window_left=_per_head(problem, left), window_right=_per_head(problem, right))
+    return dict(**sides, num_sinks=sinks, predicate=predicate)
 
 
 def _token_mask(
@@ -348,8 +353,7 @@ def _token_mask(
         kv_positions=jnp.arange(problem.kv_len, dtype=jnp.int32)[None],
         q_segments=None if query_segment_ids is None else jnp.asarray(query_segment_ids, jnp.int32),
         kv_segments=None if key_value_segment_ids is None else jnp.asarray(key_value_segment_ids, jnp.int32),
-        predicate=predicate,
-        **_window_arrays(problem, local_window_size, num_sinks),
+        **_window_options(problem, local_window_size, num_sinks, predicate),
     )
 
 
@@ -363,6 +367,5 @@ def _varlen_mask(problem, q_packing, kv_packing, q_offset, local_window_size, nu
         q_segments=q_packing.sequence[None],
         # Never the -1 of a query position that holds no token.
         kv_segments=jnp.where(kv_packing.sequence < 0, -2, kv_packing.sequence)[None],
-        predicate=predicate,
-        **_window_arrays(problem, local_window_size, num_sinks),
+        **_window_options(problem, local_window_size, num_sinks, predicate),
     )

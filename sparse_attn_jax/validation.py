@@ -11,6 +11,7 @@ import numpy as np
 from sparse_attn_jax.planning import TilePlan, default_tile_size, index_overflow
 from sparse_attn_jax.problem import MAX_LENGTH, SUPPORTED_DTYPES, Problem, device_of
 from sparse_attn_jax.selection import BlockSelection, check_block_sizes, num_blocks
+from sparse_attn_jax.window_predicate import WindowPredicate, fold_window
 
 
 def describe(x: Any) -> str:
@@ -107,6 +108,12 @@ def check_window(local_window_size: Any, num_sinks: Any, num_q_heads: int) -> No
         for side, size in zip(("left", "right"), window if is_pair else (window, window), strict=True):
             _check_count(f"local_window_size {side}", size, per_head, optional=True)
     _check_count("num_sinks", num_sinks, per_head)
+
+
+def check_window_predicate(predicate: WindowPredicate, num_q_heads: int) -> None:
+    for name in ("left", "right", "num_sinks"):
+        size, is_optional = getattr(predicate, name), name != "num_sinks"
+        _check_count(f"selection.predicate.{name}", size, (num_q_heads,), optional=is_optional)
 
 
 def _check_count(name: str, x: Any, shape: tuple[int, ...], optional: bool = False) -> None:
@@ -208,6 +215,9 @@ def make_problem(
         selection_heads, num_slots = selection.indices.shape[1], selection.indices.shape[3]
         check_plan_sizes(selection, max(q_len, 1), kv_len, num_q_heads // num_kv_heads, None)
     check_window(local_window_size, num_sinks, num_q_heads)
+    if isinstance(selection.predicate, WindowPredicate):
+        check_window_predicate(selection.predicate, num_q_heads)
+    local_window_size, num_sinks, predicate = fold_window(selection.predicate, local_window_size, num_sinks)
     if q_offset is not None:
         check_integers("q_offset", q_offset, (batch,))
         if isinstance(q_offset, int):
@@ -235,7 +245,7 @@ def make_problem(
         has_sinks=not (isinstance(num_sinks, int) and num_sinks == 0),
         has_segment_ids=query_segment_ids is not None,
         has_key_bias=key_bias is not None,
-        predicate=None if selection.predicate is None else type(selection.predicate).__name__,
+        predicate=None if predicate is None else type(predicate).__name__,
         varlen=varlen,
         **device_of(query)._asdict(),
     )

@@ -9,20 +9,7 @@ import jax.numpy as jnp
 from sparse_attn_jax import selection_checks as checks
 from sparse_attn_jax.selection import BlockSelection, num_blocks
 from sparse_attn_jax.selectors.static_rows import check_call, first_positions
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class WindowPredicate:
-    """Keeps a key that is nearer than `window` tokens or among the first `num_sinks`. Causality is the op's own mask."""
-
-    window: int = dataclasses.field(metadata=dict(static=True))
-    num_sinks: int = dataclasses.field(metadata=dict(static=True))
-
-    def __call__(self, batch: jax.Array, head: jax.Array, q_position: jax.Array, kv_position: jax.Array) -> jax.Array:
-        """bool, elementwise: batch and head are not looked at."""
-        near = jnp.abs(q_position - kv_position) < self.window
-        return near | (kv_position < self.num_sinks)
+from sparse_attn_jax.window_predicate import WindowPredicate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +56,7 @@ class SlidingWindow:
         kv_len = key.shape[1]
         q_block_size, first = first_positions(q_offset, query.shape[1], kv_len, self.block_size)
         ids = self._list_blocks(first, first + q_block_size - 1, kv_len, is_causal)
-        predicate = WindowPredicate(self.window, self.num_sinks)
+        predicate = WindowPredicate(self.window - 1, self.window - 1, self.num_sinks)
         return BlockSelection(ids[:, None], q_block_size=q_block_size, kv_block_size=self.block_size, predicate=predicate)
 
     def _list_blocks(self, first: jax.Array, last: jax.Array, kv_len: int, is_causal: bool) -> jax.Array:
