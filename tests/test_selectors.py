@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from static_patterns import assert_no_list_repeats, assert_same_in_chunks
+from static_patterns import select as select_static
 
 import sparse_attn_jax as sa
 from sparse_attn_jax.selectors import Dense, InfLLMV2, LocalStrided, SlidingWindow
@@ -380,6 +382,51 @@ def test_local_strided_is_its_definition(options, offsets, q_offset):
     np.testing.assert_array_equal(np.broadcast_to(found, expected.shape), expected)
 
 
+RELATIVE = [
+    # local_blocks, vert_stride, causal, dense heads
+    ((2, 1), 3, False, 0),
+    ((1, 3), 4, False, 0),
+    (2, 3, False, 0),
+    ((2, 2), 3, False, 2),
+    (2, 3, True, 0),
+    ((30, 30), 3, False, 0),
+]
+
+
+@pytest.mark.parametrize("q_offset", [None, 21, -19, 300], ids=str)
+@pytest.mark.parametrize("local, stride, is_causal, num_dense_heads", RELATIVE, ids=str)
+def test_relative_stride_is_its_definition(local, stride, is_causal, num_dense_heads, q_offset):
+    """DKernel's rule: blocks between the query's local ones and a block, modulo the stride."""
+    selector = LocalStrided(local, stride, 8, relative=True, num_dense_heads=num_dense_heads)
+    selection, found = select_static(selector, 43, 75, is_causal=is_causal, q_offset=q_offset)
+    assert_no_list_repeats(selection, 75)
+    assert selection.indices.shape[1] == (4 if num_dense_heads else 1)
+    left, right = local if isinstance(local, tuple) else (local, local)
+    offset = 32 if q_offset is None else q_offset
+    expected = np.zeros((1, 4, 43, 75), bool)
+    for _, h, q, k in np.ndindex(expected.shape):
+        i, j = (q + offset) // 8, k // 8
+        is_kept = (max(0, i - j - left + 1) + max(0, j - i - right + 1)) % stride == 0
+        expected[0, h, q, k] = (is_kept or h >= 4 - num_dense_heads) and not (is_causal and k > q + offset)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_stride_from_position_0_with_local_blocks_on_both_sides():
+    selection, found = select_static(LocalStrided((2, 3), 4, 8), 75, 75, is_causal=False)
+    assert_no_list_repeats(selection, 75)
+    expected = np.zeros((1, 4, 75, 75), bool)
+    for _, h, q, k in np.ndindex(expected.shape):
+        expected[0, h, q, k] = -3 < q // 8 - k // 8 < 2 or (k // 8 + h + 1) % 4 == 0
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "selector", [LocalStrided(2, 3, 16), LocalStrided(2, 3, 16, relative=True), SlidingWindow(20, 3, 16)], ids=str
+)
+def test_static_patterns_are_the_same_in_chunks_and_decoding(selector):
+    assert_same_in_chunks(selector, 100, (0, 1, 49, 99))
+
+
 def test_local_strided_check_notices_a_stride_that_is_off_by_one():
     """vLLM's 1 is DKernel's 0."""
     query, key = make_inputs(75, 75)
@@ -413,6 +460,9 @@ def test_local_strided_attends_as_defined():
     "options, message",
     [
         (dict(local_blocks=0), "`local_blocks` is 0; it must be an int of at least 1"),
+        (dict(local_blocks=(1, 2, 3)), r"`local_blocks` is \(1, 2, 3\); it must be an int or a tuple"),
+        (dict(local_blocks=(1, 0)), r"`local_blocks\[1\]` is 0"),
+        (dict(relative=1), "`relative` is 1"),
         (dict(vert_stride=0), "`vert_stride` is 0"),
         (dict(block_size=0), "`block_size` is 0"),
         (dict(head_step=-1), "`head_step` is -1"),
