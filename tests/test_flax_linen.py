@@ -12,6 +12,8 @@ from flax import serialization
 from jax.sharding import PartitionSpec
 
 import sparse_attn_jax as sa
+from sparse_attn_jax.selectors.moba import MoBA
+from sparse_attn_jax.selectors.nsa import NSA
 
 MAX_LEN, FEATURES, HEADS = 96, 32, dict(num_heads=4, num_kv_heads=2, head_dim=8)
 # Units of 8 tokens every 4, and of 16 every 8: lengths of every kind cross their ends.
@@ -27,6 +29,8 @@ INFLLM = sa.selectors.InfLLMV2(
 EXACT = sa.selectors.InfLLMV2(
     top_k=3, block_size=16, kernel_size=6, kernel_stride=5, num_local_blocks=1, coarse_lse=False, group_reduction=None
 )
+MOBA = MoBA(top_k=2, block_size=16, kv_block_size=8)
+NATIVE = NSA(top_k=3, block_size=16, kernel_size=8, kernel_stride=4, num_local_blocks=1)
 WINDOW = sa.selectors.SlidingWindow(window=21, num_sinks=3, block_size=16)
 DENSE = sa.selectors.Dense(block_size=16)
 
@@ -176,7 +180,10 @@ def test_rotary_dot_products_depend_on_distance_only():
     )
 
 
-@pytest.mark.parametrize("selector", [INFLLM, EXACT, WINDOW, DENSE], ids=["infllm", "exact", "window", "dense"])
+SELECTORS = dict(infllm=INFLLM, exact=EXACT, moba=MOBA, nsa=NATIVE, window=WINDOW, dense=DENSE)
+
+
+@pytest.mark.parametrize("selector", SELECTORS.values(), ids=SELECTORS)
 def test_prefill_and_steps_equal_the_full_pass(selector):
     inputs = random(2, 95, FEATURES)
     module = Attention(selector=selector)
@@ -184,17 +191,17 @@ def test_prefill_and_steps_equal_the_full_pass(selector):
     full, selection = apply(module, params, inputs)
     step = make_step(module, params)
     # Prefill to a length that is 15 mod 16, then one at a time; and several at a time, fewer and more than a unit's stride.
-    for lengths in ([47] + 48 * [1], 9 * [3] + 4 * [17])[: 2 if selector in (INFLLM, EXACT) else 1]:
+    schedules = ([47] + 48 * [1], 9 * [3] + 4 * [17])[: 2 if selector in (INFLLM, EXACT) else 1]
+    for lengths in schedules if selector not in (MOBA, NATIVE) else [19 * [5]]:
         cache, outs, blocks = decode_in(step, empty_cache(module, 2), inputs, lengths)
         np.testing.assert_allclose(outs, full, rtol=1e-5, atol=1e-5)
         assert cache["cache_index"] == 95 and not cache["cached_key"][:, 95:].any()
-        if selector not in (INFLLM, EXACT):
+        if selector in (WINDOW, DENSE):
             continue
         np.testing.assert_array_equal(blocks, selection.to_block_mask(MAX_LEN))
-        compressed = selector.compress(cache["cached_key"][:, :95])
-        for name, units in zip(("cached_compressed_key", "cached_coarse_key"), compressed):
-            if units is not None:
-                np.testing.assert_allclose(cache[name][:, : units.shape[1]], units, atol=1e-6)
+        for name, sizes in zip(("cached_compressed_key", "cached_coarse_key"), selector.unit_sizes()):
+            units = sa.compress_keys(cache["cached_key"][:, :95], *sizes)
+            np.testing.assert_allclose(cache[name][:, : units.shape[1]], units, atol=1e-6)
 
 
 def test_wrong_cache_index_or_stale_units_would_show():

@@ -5,7 +5,11 @@ A cache is a dict of arrays by the names of the module's cache variables:
   cached_value           [batch, max_len, num_kv_heads, value_head_dim]
   cache_index            int32 [], tokens stored so far, at most max_len
   cached_compressed_key  [batch, num_units, num_kv_heads, head_dim], for selectors that score compressed keys
-  cached_coarse_key      [batch, num_coarse_units, num_kv_heads, head_dim], for those with a coarse softmax denominator
+  cached_coarse_key      [batch, num_coarse_units, num_kv_heads, head_dim], for those that score coarser ones as well
+
+A selector that scores means of keys says so by two methods: `unit_sizes()`, the kernel size and stride of each array of
+`compress_keys` that it takes, and `select(query, *arrays, kv_len=, is_causal=, q_offset=)`, which selects from them. Others are
+called with all keys of the cache.
 """
 
 import jax
@@ -15,9 +19,10 @@ from sparse_attn_jax.flax.options import Selector
 from sparse_attn_jax.scoring import compress_keys
 from sparse_attn_jax.scoring_problem import num_units
 from sparse_attn_jax.selection import BlockSelection, num_blocks
-from sparse_attn_jax.selectors import InfLLMV2
 
-CACHE_NAMES = ("cached_key", "cached_value", "cache_index", "cached_compressed_key", "cached_coarse_key")
+# Of the units of a selector, in the order in which it takes them.
+UNIT_NAMES = ("cached_compressed_key", "cached_coarse_key")
+CACHE_NAMES = ("cached_key", "cached_value", "cache_index", *UNIT_NAMES)
 
 Cache = dict[str, jax.Array]
 
@@ -37,12 +42,7 @@ def make_cache(selector: Selector, key: jax.ShapeDtypeStruct | jax.Array, value:
 
 def unit_sizes(selector: Selector) -> dict[str, tuple[int, int]]:
     """(kernel_size, kernel_stride) of the compressed keys that a selector can select from, by the name of their cache."""
-    if not isinstance(selector, InfLLMV2):
-        return {}
-    sizes = dict(cached_compressed_key=(selector.kernel_size, selector.kernel_stride))
-    if selector.coarse_lse:
-        sizes["cached_coarse_key"] = (selector.coarse_kernel_size, selector.coarse_kernel_stride)
-    return sizes
+    return dict(zip(UNIT_NAMES, selector.unit_sizes(), strict=False)) if hasattr(selector, "unit_sizes") else {}
 
 
 def append_tokens(cache: Cache, selector: Selector, key: jax.Array, value: jax.Array) -> Cache:
@@ -100,8 +100,7 @@ def select_cached(selector: Selector, query: jax.Array, cache: Cache, q_offset: 
     Returns:
       The selector's `BlockSelection`.
     """
-    key = cache["cached_key"]
-    if not unit_sizes(selector):
+    key, units = cache["cached_key"], [cache[name] for name in unit_sizes(selector)]
+    if not units:
         return selector(query, key, is_causal=True, q_offset=q_offset)
-    units = cache["cached_compressed_key"], cache.get("cached_coarse_key")
     return selector.select(query, *units, kv_len=key.shape[1], is_causal=True, q_offset=q_offset)

@@ -96,11 +96,16 @@ class InfLLMV2:
         coarse = compress_keys(key, self.coarse_kernel_size, self.coarse_kernel_stride) if self.coarse_lse else None
         return compress_keys(key, self.kernel_size, self.kernel_stride), coarse
 
+    def unit_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Kernel size and stride of the compressed keys that `select` takes, one pair for each array."""
+        fine, coarse = (self.kernel_size, self.kernel_stride), (self.coarse_kernel_size, self.coarse_kernel_stride)
+        return (fine, coarse) if self.coarse_lse else (fine,)
+
     def select(
         self,
         query: jax.Array,
         compressed: jax.Array,
-        coarse: jax.Array | None,
+        coarse: jax.Array | None = None,
         *,
         kv_len: int,
         is_causal: bool = False,
