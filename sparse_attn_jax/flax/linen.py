@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from sparse_attn_jax.api import Window
 from sparse_attn_jax.flax.decode_cache import make_cache
+from sparse_attn_jax.flax.native import NativeConfig, attend_native, flatten_units, make_native_config, unit_tokens
 from sparse_attn_jax.flax.options import AttentionConfig, Selector, make_config
 from sparse_attn_jax.flax.self_attention import attend, attend_cached, check_decode, check_inputs
 from sparse_attn_jax.selection import BlockSelection
@@ -153,3 +154,138 @@ class SparseSelfAttention(nn.Module):
         for name, variable in variables.items():
             variable.value = cache[name]
         return out, selection
+
+
+class NativeSparseAttention(nn.Module):
+    """Multi-head native sparse attention: DeepSeek's NSA with all that it learns.
+
+    Always causal. Parameters: `query`, a `gate` of three numbers per head (sigmoid of a linear function, for the compressed,
+    the selected and the window branch), and keys and values for each branch: `key` and `value` for the selected one,
+    `compressed_key` and `compressed_value`, `window_key` and `window_value`; each a `DenseGeneral`, as is `out`. What makes one
+    key and value of a unit's tokens, `key_compression` and `value_compression`, adds a learned embedding of the place in the
+    unit to each, and puts all together through two `Dense` with a GELU between, which the heads share.
+
+    Rotary embedding turns queries, keys and window keys by the position of their token, and a compressed key, made of keys that
+    are not turned, by the position of its unit's first token, as in XunhaoLai's Triton version; the paper does not say.
+
+    There is no decode cache: a call takes whole sequences.
+
+    Attributes:
+      num_heads: query heads.
+      num_kv_heads: heads of keys and values; divides num_heads. Default: num_heads.
+      head_dim: features per head of queries and keys. Default: features // num_heads, which must be exact.
+      value_head_dim: features per head of values. Default: head_dim.
+      out_features: features of the output. Default: those of the input.
+      kernel_size: tokens per unit.
+      kernel_stride: tokens between the starts of neighbouring units.
+      block_size: tokens per selected block.
+      top_k: blocks that each token selects, sinks and local blocks included.
+      num_sink_blocks: leading blocks that every token selects.
+      num_local_blocks: most recent blocks that every token selects, its own included.
+      window_size: tokens of the window, the query's own included.
+      compression_features: hidden features of the compressions. Default: head_dim.
+      rotary_theta: base of a rotary position embedding. Default: none.
+      scale: multiplies query . key. Default: head_dim ** -0.5.
+      dtype: of the computation. Default: inferred from inputs and parameters.
+      param_dtype: of the parameters. Default: float32.
+      precision: of the projections and compressions, not of the attention.
+      kernel_init: initialiser of the kernels [features, heads, head_dim] of the projections.
+      out_kernel_init: initialiser of the kernel of `out`. Default: kernel_init.
+      bias_init: initialiser of the biases of the projections.
+      out_bias_init: initialiser of the bias of `out`. Default: bias_init.
+      use_bias: whether there are biases. Default: True.
+      implementation: as in `native_sparse_attention`.
+    """
+
+    num_heads: int
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    value_head_dim: int | None = None
+    out_features: int | None = None
+    kernel_size: int = 32
+    kernel_stride: int = 16
+    block_size: int = 64
+    top_k: int = 16
+    num_sink_blocks: int = 1
+    num_local_blocks: int = 2
+    window_size: int = 512
+    compression_features: int | None = None
+    rotary_theta: float | None = None
+    scale: float | None = None
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    precision: Any = None
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+    out_kernel_init: nn.initializers.Initializer | None = None
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
+    out_bias_init: nn.initializers.Initializer | None = None
+    use_bias: bool = True
+    implementation: str | Sequence[str] | None = None
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Attends within each sequence.
+
+        Args:
+          inputs: [batch, length, features], floating point.
+
+        Returns:
+          [batch, length, out_features], of the dtype of the computation.
+
+        Raises:
+          ValueError: an attribute or argument is wrong; the message names it.
+          NotImplementedError: none of the implementations asked for can run this call.
+        """
+        check_inputs(inputs, None)
+        config = self._config(inputs.shape[-1])
+        options = dict(use_bias=self.use_bias, dtype=self.dtype, param_dtype=self.param_dtype, precision=self.precision)
+        dense = functools.partial(nn.DenseGeneral, **options)
+        inits = dict(kernel_init=self.kernel_init, bias_init=self.bias_init)
+        projected = {name: dense(sizes, name=name, **inits)(inputs) for name, sizes in config.projections().items()}
+        units = {
+            name: _Compression(config, options, name=name)(projected[source])
+            for name, (source, _) in config.compressions().items()
+        }
+        out = attend_native(config, projected, units)
+        inits = dict(
+            kernel_init=self.kernel_init if self.out_kernel_init is None else self.out_kernel_init,
+            bias_init=self.bias_init if self.out_bias_init is None else self.out_bias_init,
+        )
+        return dense(config.attention.out_features, axis=(-2, -1), name="out", **inits)(out)
+
+    def _config(self, in_features: int) -> NativeConfig:
+        return make_native_config(
+            in_features,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            value_head_dim=self.value_head_dim,
+            out_features=self.out_features,
+            kernel_size=self.kernel_size,
+            kernel_stride=self.kernel_stride,
+            block_size=self.block_size,
+            top_k=self.top_k,
+            num_sink_blocks=self.num_sink_blocks,
+            num_local_blocks=self.num_local_blocks,
+            window_size=self.window_size,
+            compression_features=self.compression_features,
+            rotary_theta=self.rotary_theta,
+            scale=self.scale,
+            implementation=self.implementation,
+        )
+
+
+class _Compression(nn.Module):
+    """Units of tokens as one vector each."""
+
+    config: NativeConfig
+    options: dict[str, Any]  # of `nn.Dense`
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """[batch, length, heads, features] to [batch, num_units, heads, features]."""
+        units = unit_tokens(self.config, tokens)
+        dtype = self.options["param_dtype"]
+        embedding = self.param("position_embedding", nn.initializers.normal(0.02), units.shape[2:], dtype)
+        hidden = nn.Dense(self.config.compression_features, name="hidden", **self.options)(flatten_units(units, embedding))
+        return nn.Dense(tokens.shape[-1], name="out", **self.options)(nn.gelu(hidden))

@@ -11,6 +11,7 @@ from flax import nnx
 
 from sparse_attn_jax.api import Window
 from sparse_attn_jax.flax.decode_cache import CACHE_NAMES, make_cache
+from sparse_attn_jax.flax.native import NativeConfig, attend_native, flatten_units, make_native_config, unit_tokens
 from sparse_attn_jax.flax.options import Selector, make_config
 from sparse_attn_jax.flax.self_attention import attend, attend_cached, check_decode, check_inputs
 from sparse_attn_jax.selection import BlockSelection
@@ -201,3 +202,154 @@ class SparseSelfAttention(nnx.Module):
         for name, variable in variables.items():
             variable[...] = cache[name]
         return out, selection
+
+
+class NativeSparseAttention(nnx.Module):
+    """Multi-head native sparse attention: DeepSeek's NSA with all that it learns.
+
+    Always causal. Parameters: `query`, a `gate` of three numbers per head (sigmoid of a linear function, for the compressed,
+    the selected and the window branch), and keys and values for each branch: `key` and `value` for the selected one,
+    `compressed_key` and `compressed_value`, `window_key` and `window_value`; each a `LinearGeneral`, as `out` is. What makes
+    one key and value of a unit's tokens, `key_compression` and `value_compression`, adds a learned embedding of the place in
+    the unit to each, and puts all together through two `Linear` with a GELU between, which the heads share.
+
+    Rotary embedding turns queries, keys and window keys by the position of their token, and a compressed key, made of keys that
+    are not turned, by the position of its unit's first token, as in XunhaoLai's Triton version; the paper does not say.
+
+    There is no decode cache: a call takes whole sequences.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        in_features: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        value_head_dim: int | None = None,
+        out_features: int | None = None,
+        kernel_size: int = 32,
+        kernel_stride: int = 16,
+        block_size: int = 64,
+        top_k: int = 16,
+        num_sink_blocks: int = 1,
+        num_local_blocks: int = 2,
+        window_size: int = 512,
+        compression_features: int | None = None,
+        rotary_theta: float | None = None,
+        scale: float | None = None,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        precision: Any = None,
+        kernel_init: nnx.Initializer = KERNEL_INIT,
+        out_kernel_init: nnx.Initializer | None = None,
+        bias_init: nnx.Initializer = BIAS_INIT,
+        out_bias_init: nnx.Initializer | None = None,
+        use_bias: bool = True,
+        implementation: str | Sequence[str] | None = None,
+        rngs: nnx.Rngs,
+    ):
+        """Makes the parameters.
+
+        Args:
+          num_heads: query heads.
+          in_features: features of the input.
+          num_kv_heads: heads of keys and values; divides num_heads. Default: num_heads.
+          head_dim: features per head of queries and keys. Default: in_features // num_heads, which must be exact.
+          value_head_dim: features per head of values. Default: head_dim.
+          out_features: features of the output. Default: in_features.
+          kernel_size: tokens per unit.
+          kernel_stride: tokens between the starts of neighbouring units.
+          block_size: tokens per selected block.
+          top_k: blocks that each token selects, sinks and local blocks included.
+          num_sink_blocks: leading blocks that every token selects.
+          num_local_blocks: most recent blocks that every token selects, its own included.
+          window_size: tokens of the window, the query's own included.
+          compression_features: hidden features of the compressions. Default: head_dim.
+          rotary_theta: base of a rotary position embedding. Default: none.
+          scale: multiplies query . key. Default: head_dim ** -0.5.
+          dtype: of the computation. Default: inferred from inputs and parameters.
+          param_dtype: of the parameters. Default: float32.
+          precision: of the projections and compressions, not of the attention.
+          kernel_init: initialiser of the kernels [features, heads, head_dim] of the projections.
+          out_kernel_init: initialiser of the kernel of `out`. Default: kernel_init.
+          bias_init: initialiser of the biases of the projections.
+          out_bias_init: initialiser of the bias of `out`. Default: bias_init.
+          use_bias: whether there are biases. Default: True.
+          implementation: as in `native_sparse_attention`.
+          rngs: streams; `params` is used.
+
+        Raises:
+          ValueError: an argument is wrong; the message names it.
+        """
+        self.in_features = in_features
+        self.config = make_native_config(
+            in_features,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            value_head_dim=value_head_dim,
+            out_features=out_features,
+            kernel_size=kernel_size,
+            kernel_stride=kernel_stride,
+            block_size=block_size,
+            top_k=top_k,
+            num_sink_blocks=num_sink_blocks,
+            num_local_blocks=num_local_blocks,
+            window_size=window_size,
+            compression_features=compression_features,
+            rotary_theta=rotary_theta,
+            scale=scale,
+            implementation=implementation,
+        )
+        options = dict(use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, precision=precision, rngs=rngs)
+        inits = dict(kernel_init=kernel_init, bias_init=bias_init)
+        for name, sizes in self.config.projections().items():
+            setattr(self, name, nnx.LinearGeneral(in_features, sizes, **inits, **options))
+        for name, (_, sizes) in self.config.compressions().items():
+            setattr(self, name, _Compression(self.config, *sizes, options))
+        attention = self.config.attention
+        self.out = nnx.LinearGeneral(
+            (num_heads, attention.value_head_dim),
+            attention.out_features,
+            axis=(-2, -1),
+            kernel_init=kernel_init if out_kernel_init is None else out_kernel_init,
+            bias_init=bias_init if out_bias_init is None else out_bias_init,
+            **options,
+        )
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Attends within each sequence.
+
+        Args:
+          inputs: [batch, length, in_features], floating point.
+
+        Returns:
+          [batch, length, out_features], of the dtype of the computation.
+
+        Raises:
+          ValueError: an argument is wrong; the message names it.
+          NotImplementedError: none of the implementations asked for can run this call.
+        """
+        check_inputs(inputs, None, self.in_features)
+        projected = {name: getattr(self, name)(inputs) for name in self.config.projections()}
+        compressions = self.config.compressions().items()
+        units = {name: getattr(self, name)(projected[source]) for name, (source, _) in compressions}
+        return self.out(attend_native(self.config, projected, units))
+
+
+class _Compression(nnx.Module):
+    """Units of tokens as one vector each."""
+
+    def __init__(self, config: NativeConfig, heads: int, features: int, options: Mapping[str, Any]):
+        """`options` are those of `nnx.Linear`."""
+        self.config = config
+        shape, dtype = (config.kernel_size, heads, features), options["param_dtype"]
+        self.position_embedding = nnx.Param(nnx.initializers.normal(0.02)(options["rngs"].params(), shape, dtype))
+        self.hidden = nnx.Linear(config.kernel_size * features, config.compression_features, **options)
+        self.out = nnx.Linear(config.compression_features, features, **options)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """[batch, length, heads, features] to [batch, num_units, heads, features]."""
+        flat = flatten_units(unit_tokens(self.config, tokens), self.position_embedding[...])
+        return self.out(nnx.gelu(self.hidden(flat)))
