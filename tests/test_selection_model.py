@@ -88,7 +88,7 @@ def test_limits_by_hand():
 
 
 def walked_steps(selection) -> int:
-    """Of thread blocks of 32 tokens: steps of 64 coarse units that their last query sees, and 5 for every 64 blocks up to its own.
+    """Of thread blocks of 32 tokens: steps of 64 coarse units that the last query sees, 5 for every 64 blocks up to its own.
 
     A block of 16 keys overlaps 5 units of 8 keys that start every 4.
     """

@@ -140,8 +140,8 @@ def _pick_chunks(query, units, positions, *, top_k: int, block_size: int, kv_len
     num_incomplete = num_blocks(kv_len, block_size) - num_units
 
     def gate(some_query, _):
-        grouped = some_query.reshape(*some_query.shape[:2], num_kv_heads, num_q_heads // num_kv_heads, head_dim).astype(jnp.float32)
-        scores = jnp.einsum("bund,bqngd->bnguq", units, grouped, precision=jax.lax.Precision.HIGHEST)
+        grouped = some_query.reshape(*some_query.shape[:2], num_kv_heads, num_q_heads // num_kv_heads, head_dim)
+        scores = jnp.einsum("bund,bqngd->bnguq", units, grouped.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
         scores = scores.reshape(batch, num_q_heads, num_units, some_query.shape[1])
         return jnp.pad(scores, [(0, 0), (0, 0), (0, num_incomplete), (0, 0)], constant_values=-jnp.inf)
 
