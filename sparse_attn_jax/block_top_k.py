@@ -40,13 +40,26 @@ def pick_blocks(
     Returns:
       int32 [batch, heads, top_k, queries], ascending, -1 last.
     """
-    if scores.shape[2] == 0:
-        return jnp.full((*scores.shape[:2], top_k, scores.shape[3]), -1, jnp.int32)
     ids = jnp.arange(scores.shape[2], dtype=jnp.int32)[:, None]
     own = positions[:, None, None, :] // block_size
     forced = (ids < num_sink_blocks) | ((ids > own - num_local_blocks) & (ids <= own))
     allowed = ids <= own if is_causal else jnp.ones_like(forced)
-    forced = forced & allowed
+    return list_highest(scores, allowed, forced & allowed, top_k, kth_largest)
+
+
+def list_highest(
+    scores: jax.Array,
+    allowed: jax.Array,
+    forced: jax.Array,
+    top_k: int,
+    kth_largest: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+) -> jax.Array:
+    """Lists the forced blocks, then those of the highest scores; arguments and result as in `pick_blocks`.
+
+    `allowed` and `forced` are bool and broadcast with the scores; no more than `top_k` blocks are forced, and each is allowed.
+    """
+    if scores.shape[2] == 0:
+        return jnp.full((*scores.shape[:2], top_k, scores.shape[3]), -1, jnp.int32)
     num_free = top_k - forced.sum(axis=2, keepdims=True, dtype=jnp.int32)
     # A comparison with NaN is false, so this also leaves out NaN.
     candidates = allowed & ~forced & (scores > -jnp.inf)

@@ -9,6 +9,7 @@ from absl import logging
 
 from sparse_attn_jax import measured
 from sparse_attn_jax.implementations import cuda, mosaic, xla
+from sparse_attn_jax.paged_problem import PagedProblem
 from sparse_attn_jax.problem import Problem
 from sparse_attn_jax.scoring_problem import ScoringProblem
 
@@ -19,6 +20,16 @@ IMPLEMENTATIONS: Mapping[str, ModuleType] = {"mosaic": mosaic, "cuda": cuda, "xl
 # disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(name) for name in CUSTOM_CALL_TARGETS].
 CUSTOM_CALL_TARGETS: tuple[str, ...] = cuda.CUSTOM_CALL_TARGETS
 
+# Any of the calls that implementations run.
+AnyProblem = Problem | ScoringProblem | PagedProblem
+
+# What a call is named, and the function of an implementation that gives the reasons against it.
+CALLS = {
+    Problem: ("attention, forward and backward,", "supports"),
+    ScoringProblem: ("selection", "supports_scoring"),
+    PagedProblem: ("paged attention", "supports_paged"),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
@@ -27,15 +38,15 @@ class Explanation:
     Attributes:
       implementation: the name that runs the problem, forward and backward; `None` if none of those asked for can.
       reasons: for each implementation asked for, in order of preference, the reasons against it; empty if it can run.
-      problem: what was asked: of attention, or of block selection.
+      problem: what was asked: of attention, of block selection, or of attention over pages.
     """
 
     implementation: str | None
     reasons: Mapping[str, tuple[str, ...]]
-    problem: Problem | ScoringProblem
+    problem: AnyProblem
 
     def __str__(self) -> str:
-        what = "selection" if isinstance(self.problem, ScoringProblem) else "attention, forward and backward,"
+        what, _ = CALLS[type(self.problem)]
         lines = [f"{what} runs on: {self.implementation or 'none'}"]
         for name, reasons in self.reasons.items():
             lines += [f"not {name}: {reason}" for reason in reasons]
@@ -46,15 +57,13 @@ def get(name: str) -> ModuleType:
     return IMPLEMENTATIONS[name]
 
 
-def reasons_against(name: str, problem: Problem | ScoringProblem) -> tuple[str, ...]:
+def reasons_against(name: str, problem: AnyProblem) -> tuple[str, ...]:
     """An implementation's reasons against `problem`; empty if it can run it."""
-    module = get(name)
-    return module.supports_scoring(problem) if isinstance(problem, ScoringProblem) else module.supports(problem)
+    _, supports = CALLS[type(problem)]
+    return getattr(get(name), supports)(problem)
 
 
-def requested_names(
-    implementation: str | Sequence[str] | None, problem: Problem | ScoringProblem | None = None
-) -> tuple[str, ...]:
+def requested_names(implementation: str | Sequence[str] | None, problem: AnyProblem | None = None) -> tuple[str, ...]:
     """The implementations to consider, in order: as given, or the fastest first as far as they were measured on the device."""
     if implementation is None:
         return tuple(IMPLEMENTATIONS) if problem is None else measured.fastest_first(IMPLEMENTATIONS, problem)
@@ -66,14 +75,14 @@ def requested_names(
     return names
 
 
-def explain(problem: Problem | ScoringProblem, implementation: str | Sequence[str] | None) -> Explanation:
+def explain(problem: AnyProblem, implementation: str | Sequence[str] | None) -> Explanation:
     names = requested_names(implementation, problem)
     reasons = {name: reasons_against(name, problem) for name in names}
     chosen = next((name for name in names if not reasons[name]), None)
     return Explanation(chosen, reasons, problem)
 
 
-def choose(problem: Problem | ScoringProblem, implementation: str | Sequence[str] | None) -> str:
+def choose(problem: AnyProblem, implementation: str | Sequence[str] | None) -> str:
     """The first implementation asked for that can run `problem`, forward and backward.
 
     Raises:

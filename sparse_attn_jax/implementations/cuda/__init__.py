@@ -8,6 +8,7 @@ from sparse_attn_jax.implementations.cuda.attention_backward import backward as 
 from sparse_attn_jax.implementations.cuda.attention_forward import forward as forward
 from sparse_attn_jax.implementations.cuda.library import CUSTOM_CALL_TARGETS as CUSTOM_CALL_TARGETS
 from sparse_attn_jax.implementations.cuda.scoring import select_from_units as select_from_units
+from sparse_attn_jax.paged_problem import PagedProblem
 from sparse_attn_jax.planning import TilePlan, default_tile_size
 from sparse_attn_jax.problem import Problem
 from sparse_attn_jax.scoring_problem import ScoringProblem
@@ -58,6 +59,12 @@ def supports_scoring(problem: ScoringProblem) -> tuple[str, ...]:
     if problem.group_reduction is not None and problem.group_size > MAX_SELECTION_GROUP:
         reasons.append(f"the group size is {problem.group_size}; supported: at most {MAX_SELECTION_GROUP}")
     return tuple(reasons)
+
+
+def supports_paged(problem: PagedProblem) -> tuple[str, ...]:
+    """Reasons against attending over pages."""
+    del problem
+    return ("there is no kernel that reads pages",)
 
 
 def _reasons_of_library(problem: Problem | ScoringProblem, fields: tuple[str, ...]) -> list[str]:

@@ -4,6 +4,7 @@ On a CPU they run in JAX's interpreter, inside `plgpu.force_gpu_interpret_mode`,
 """
 
 from sparse_attn_jax import jax_compat, planning
+from sparse_attn_jax.paged_problem import PagedProblem
 from sparse_attn_jax.planning import TilePlan, default_tile_size
 from sparse_attn_jax.problem import Problem
 from sparse_attn_jax.scoring_problem import ScoringProblem
@@ -63,6 +64,12 @@ def supports_scoring(problem: ScoringProblem) -> tuple[str, ...]:
     if problem.unit_dtype != problem.dtype:
         reasons.append(f"the compressed keys are {problem.unit_dtype}; supported: the dtype of query, which is {problem.dtype}")
     return tuple(reasons + (reasons_of_size(problem) if jax_compat.HAS_MOSAIC_GPU else []))
+
+
+def supports_paged(problem: PagedProblem) -> tuple[str, ...]:
+    """Reasons against attending over pages."""
+    del problem
+    return ("there is no kernel that reads pages",)
 
 
 def _reasons_of_device(problem: Problem | ScoringProblem) -> list[str]:

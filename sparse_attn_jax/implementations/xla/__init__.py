@@ -3,7 +3,9 @@
 from sparse_attn_jax import planning
 from sparse_attn_jax.implementations.xla.attention_backward import backward as backward
 from sparse_attn_jax.implementations.xla.attention_forward import forward as forward
+from sparse_attn_jax.implementations.xla.paged_attention import attend_pages as attend_pages
 from sparse_attn_jax.implementations.xla.scoring import select_from_units as select_from_units
+from sparse_attn_jax.paged_problem import PagedProblem
 from sparse_attn_jax.planning import TilePlan
 from sparse_attn_jax.problem import Problem
 from sparse_attn_jax.scoring_problem import ScoringProblem
@@ -25,5 +27,11 @@ def supports(problem: Problem) -> tuple[str, ...]:
 
 def supports_scoring(problem: ScoringProblem) -> tuple[str, ...]:
     """Reasons against scoring and selecting blocks for `problem`; none."""
+    del problem
+    return ()
+
+
+def supports_paged(problem: PagedProblem) -> tuple[str, ...]:
+    """Reasons against attending over pages; none."""
     del problem
     return ()
