@@ -18,7 +18,7 @@ LAYERS = (
     {"attention", "scoring"},
     {"selectors"},
     {"api"},
-    {"flax", "__init__"},
+    {"compat", "flax", "__init__"},
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
