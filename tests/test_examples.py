@@ -38,7 +38,7 @@ def numbers(tree) -> list[float]:
 
 def test_every_script_is_tested():
     scripts = {path.name for path in (ROOT / "examples").glob("*.py") if not path.name.startswith("lm_")}
-    assert scripts == {*SMALL, "train_lm.py"}
+    assert scripts == {*SMALL, "train_lm.py", "serve.py"}  # the last in test_serve.py
 
 
 @pytest.mark.parametrize("script", SMALL)
@@ -69,9 +69,14 @@ def test_demo_writes_finite_numbers(demo):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FIGURES)
 def test_demo_draws_figure(demo, name):
+    assert_drawn(demo[0] / name)
+
+
+def assert_drawn(path: Path) -> None:
+    """An image that is large enough, and neither empty nor full."""
     import matplotlib.image
 
-    image = matplotlib.image.imread(demo[0] / name)[..., :3]
+    image = matplotlib.image.imread(path)[..., :3]
     height, width, _ = image.shape
     assert min(height, width) >= 400
     is_background = np.all(image == image[0, 0], axis=-1)
