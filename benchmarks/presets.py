@@ -1,4 +1,4 @@
-"""What is measured together: sections of workloads, and the preset behind the README's table."""
+"""What is measured together: sections of workloads, and the preset behind docs/measured.md."""
 
 import dataclasses
 
@@ -48,7 +48,7 @@ def make_baseline(name: str, dense_max_len: int) -> Contender:
 
 
 def readme_sections(seed: int, implementations, dense_max_len: int) -> list[Section]:
-    """The README's table, for two CPU cores: about thirteen minutes."""
+    """The table of docs/measured.md, for two CPU cores: about thirteen minutes."""
     common = dict(batch=1, head_dim=64, kv_len=None, kv_block_size=64, is_causal=True, dtype="float32", seed=seed)
     grouped = dict(num_q_heads=8, num_kv_heads=2, q_block_size=1, **common)
     blocks = sized_case(q_len=8192, num_q_heads=4, num_kv_heads=4, q_block_size=64, num_slots=8, indices="local", **common)

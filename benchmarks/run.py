@@ -9,7 +9,7 @@ attend to everything that causality allows); torch-flex is compiled flex_attenti
 
 Examples:
 
-    # The README's table.
+    # The table of docs/measured.md.
     python -m benchmarks.run --preset=readme --json=readme.json
 
     # Blocks of queries, forward only, against flex_attention.
