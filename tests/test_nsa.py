@@ -1,6 +1,7 @@
 """Native sparse attention: its selector, and all three branches with their gradients, against the definition."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +32,6 @@ def test_selects_the_blocks_of_the_definition(num_q_heads, q_offset):
     units = selection_oracle.compress(key, 4, 2)
     wanted, scores = definition.selected_blocks(query, units, positions, kv_len=75, kernel=(4, 2), **SELECTION)
     selection_oracle.assert_same_up_to_rounding(np.asarray(selection.indices), wanted, scores)
-    # And by the method's own definition it is not the selection of InfLLM-v2, nor one that lists a block more.
-    other = fast(dataclasses.replace(SMALL, pooling="max"))(query, key, is_causal=True, q_offset=offset)
-    assert (other.indices != selection.indices).any()
 
 
 def test_selects_by_units_that_are_given():
@@ -139,39 +137,22 @@ def test_definition_tells_mistakes(change):
     assert np.abs(outs[0] - outs[1]).max() > 1e-2
 
 
-def test_defaults_are_means_and_shared_keys():
-    query, branches, gates = make_branches()
-    key, value = branches["selected"]
-    d_out = np.asarray(normal(30, 2, 43, 4, 6))
-
-    def loss(key, value):
-        found = native_sparse_attention(query, key, value, [gates[name] for name in BRANCHES], window_size=7, **SIZES)
-        return (found * d_out).sum(), found
-
-    (d_key, d_value), found = compile_fast(jax.grad(loss, (0, 1), has_aux=True))(key, value)
-    same = dict.fromkeys(BRANCHES, (key, value)) | dict(compressed=[selection_oracle.compress(x, 4, 2) for x in (key, value)])
-    positions = 32 + np.broadcast_to(np.arange(43), (2, 43))
-    sizes = dict(kv_len=75, window_size=7, kernel=(4, 2), **SELECTION)
-    masks = definition.branch_masks(query, same["compressed"][0], positions, **sizes)
-    out, _, d_branches = definition.attention(query, same, gates, masks, d_out)
-    np.testing.assert_allclose(found, out, atol=1e-5)
-    # Compression is linear; column i of this is what token i adds to each unit.
-    means = selection_oracle.compress(np.eye(75)[None, :, None], 4, 2)[0, :, 0]
-    for x, i in ((d_key, 0), (d_value, 1)):
-        through_units = np.einsum("ut,bunc->btnc", means, d_branches["compressed"][i])
-        np.testing.assert_allclose(x, through_units + d_branches["selected"][i] + d_branches["window"][i], atol=5e-4)
-        assert np.abs(through_units).max() > 0.02
-
-
-def test_later_tokens_change_nothing():
+def test_defaults_are_means_and_shared_keys_and_later_tokens_change_nothing():
     query, branches, gates = make_branches(75, 75)
-    run = compile_fast(lambda *arguments: call(*arguments))
-    whole = np.asarray(run(query, branches, gates))
-    change = lambda x, first: np.where((np.arange(x.shape[1]) >= first)[:, None, None], -50 * np.asarray(x), x)
+    key, value = (np.asarray(x) for x in branches["selected"])
+
+    @compile_fast
+    def run(query, key, value):
+        return native_sparse_attention(query, key, value, [gates[name] for name in BRANCHES], window_size=7, **SIZES)
+
+    whole = np.asarray(run(query, key, value))
+    same = dict.fromkeys(BRANCHES, (key, value)) | dict(compressed=[selection_oracle.compress(x, 4, 2) for x in (key, value)])
+    sizes = dict(kv_len=75, window_size=7, kernel=(4, 2), **SELECTION)
+    masks = definition.branch_masks(query, same["compressed"][0], np.broadcast_to(np.arange(75), (2, 75)), **sizes)
+    np.testing.assert_allclose(whole, definition.attention(query, same, gates, masks, 0.0)[0], atol=1e-5)
     for last in (0, 3, 40, 63):
-        firsts = dict.fromkeys(BRANCHES, last + 1) | dict(compressed=max((last + 1 - 4) // 2 + 1, 0))
-        later = {name: tuple(change(x, firsts[name]) for x in arrays) for name, arrays in branches.items()}
-        found = np.asarray(run(change(query, last + 1), later, gates))
+        change = lambda x: np.where((np.arange(75) > last)[:, None, None], -50 * np.asarray(x), x)  # noqa: B023
+        found = np.asarray(run(change(query), change(key), change(value)))
         np.testing.assert_array_equal(found[:, : last + 1], whole[:, : last + 1])
 
 
@@ -191,12 +172,12 @@ def test_sixteen_bits_and_no_queries():
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (query, branches))
     assert jax.eval_shape(call, *half, gates).dtype == jnp.bfloat16
     few = {name: gate[:, :0] for name, gate in gates.items()}
-    assert call(query[:, :0], branches, few).shape == (2, 0, 4, 6)
+    assert jax.eval_shape(call, query[:, :0], branches, few).shape == (2, 0, 4, 6)
 
 
 def test_named_implementation_is_that_of_every_branch():
     with pytest.raises(NotImplementedError, match="mosaic"):
-        call(*make_branches(), implementation="mosaic")
+        jax.eval_shape(functools.partial(call, implementation="mosaic"), *make_branches())
 
 
 QUERY, KEY = make_inputs(4, 20)
@@ -204,7 +185,7 @@ GATES = [jnp.ones((1, 4, 4))] * 3
 
 
 def attend(gates=GATES, query=QUERY, key=KEY, value=KEY, **options):
-    return native_sparse_attention(query, key, value, gates, **SIZES | dict(window_size=4) | options)
+    jax.eval_shape(lambda: native_sparse_attention(query, key, value, gates, **SIZES | dict(window_size=4) | options))
 
 
 BAD_CALLS = {

@@ -79,12 +79,13 @@ class NOSA:
 
         Carries no gradient. Memory is linear in the lengths.
         """
-        first = self.query_aware(query, key, is_causal=is_causal, q_offset=q_offset)
+        checks.check_key(key)
         batch, kv_len, num_kv_heads, _ = key.shape
         checks.check_array("importance", importance, ("batch", "num_kv_heads", "kv_len"))
         if importance.shape != (batch, num_kv_heads, kv_len):
             needed = f"[batch, num_kv_heads, kv_len] = {[batch, num_kv_heads, kv_len]}"
             raise ValueError(f"`importance` has shape {importance.shape}; it must be {needed}.")
+        first = self.query_aware(query, key, is_causal=is_causal, q_offset=q_offset)
         positions = absolute_positions(q_offset, query.shape[1], kv_len)
         importance = jax.lax.stop_gradient(importance)
         ids = _add_important(first.indices, importance, positions, selector=self, is_causal=is_causal)
