@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from sparse_attn_jax.compat import blocksparse_flash_attn_varlen_fwd, get_sparse_attn_mask
+from sparse_attn_jax.compat.vllm_blocksparse import _layout_rows
 from tests.compat_checks import assert_close, attend_packed, causal_mask, cumulative, random_packed, signature_of
 from tests.fast_calls import compile_fast
 
@@ -200,10 +201,13 @@ def test_wrong_patterns_are_refused(change, message):
 
 
 def test_pattern_is_constant_under_jit():
+    """So that lists are as long as the longest row."""
+
     @jax.jit
     def run(x):
         (crow, col), _, _ = get_sparse_attn_mask(2, 80, 80, jnp.float32, None, block_size=16)
         assert not isinstance(crow, jax.core.Tracer) and not isinstance(col, jax.core.Tracer)
+        assert _layout_rows(crow, col, num_kv_blocks=9).shape == (2, 5, 4)
         return x
 
     run(0.0)

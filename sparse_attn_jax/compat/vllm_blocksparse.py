@@ -188,8 +188,8 @@ def _token_positions(cu_seqlens_q: jax.Array, cu_seqlens_k: jax.Array, num_token
 
 def _layout_rows(crow: jax.Array, col: jax.Array, num_kv_blocks: int) -> jax.Array:
     """CSR -> lists: int32 [heads, rows, slots]."""
-    counts = known(crow[:, 1:] - crow[:, :-1])
-    longest = num_kv_blocks if counts is None else int(counts.max(initial=1))
+    bounds = known(crow)
+    longest = num_kv_blocks if bounds is None else int(np.diff(bounds).max(initial=1))
     slots = max(min(longest, col.shape[1]), 1)
     position = crow[:, :-1, None] + jnp.arange(slots, dtype=jnp.int32)
     position = jnp.where(position < crow[:, 1:, None], position, col.shape[1])
