@@ -35,6 +35,16 @@ std::span<const SelectionVariant> selection_variants() {
   return all;
 }
 
+std::span<const PagedAttentionVariant> paged_attention_variants() {
+  static const auto all = concatenated<PagedAttentionVariant>({
+      sm80::paged_attention_variants(),
+#if SPARSE_ATTN_SM90
+      sm90::paged_attention_variants(),
+#endif
+  });
+  return all;
+}
+
 const char* name_of(Dtype dtype) { return dtype == Dtype::kBFloat16 ? "bfloat16" : "float16"; }
 
 template <class Items, class Text>
@@ -57,6 +67,11 @@ std::string missing(const VariantKey& key) {
   return "no attention kernel of arch " + std::to_string(key.arch) + " is compiled in for " +
          name_of(key.dtype) + ", head_dim " + std::to_string(key.head_dim) + ", kv_block_size " +
          std::to_string(key.kv_block_size);
+}
+
+std::string missing(const char* kernel, const SelectionKey& key) {
+  return "no " + std::string(kernel) + " kernel of arch " + std::to_string(key.arch) +
+         " is compiled in for " + name_of(key.dtype) + ", head_dim " + std::to_string(key.head_dim);
 }
 
 template <class Params>
@@ -85,6 +100,11 @@ std::string variants_json() {
   }
   for (const auto& [key, run] : selection_variants())
     texts.push_back(variant_text("selection", key.arch, key.dtype, key.head_dim, {}));
+  // Selection by bounds has the same ones, whose kernels are the same for every architecture.
+  for (const char* kernel : {"paged_attention", "bounds"}) {
+    for (const auto& [key, run] : paged_attention_variants())
+      texts.push_back(variant_text(kernel, key.arch, key.dtype, key.head_dim, {}));
+  }
   return "[" + joined(texts, [](const std::string& text) { return text; }) + "]";
 }
 
@@ -118,8 +138,15 @@ Status select_blocks(const SelectionKey& key, const SelectionParams& params, int
                      const LaunchContext& context) {
   if (const SelectionVariant* variant = find_variant(selection_variants(), key))
     return variant->run(params, segment_blocks, context);
-  return "no selection kernel of arch " + std::to_string(key.arch) + " is compiled in for " +
-         name_of(key.dtype) + ", head_dim " + std::to_string(key.head_dim);
+  return missing("selection", key);
+}
+
+Status paged_attention(const SelectionKey& key, const PagedAttentionParams& params,
+                       const LaunchContext& context) {
+  const PagedAttentionVariant* variant = find_variant(paged_attention_variants(), key);
+  if (variant == nullptr) return missing("paged attention", key);
+  const Status status = variant->run(params, context);
+  return status || params.num_splits == 1 ? status : merge_splits(key.dtype, params, context);
 }
 
 }  // namespace sparse_attn

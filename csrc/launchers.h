@@ -76,6 +76,12 @@ struct SelectionVariant {
   Status (*run)(SelectionParams, int segment_blocks, const LaunchContext&);
 };
 
+struct PagedAttentionVariant {
+  SelectionKey key;
+  // The results of all splits.
+  Status (*run)(const PagedAttentionParams&, const LaunchContext&);
+};
+
 // The one of a key, or null.
 template <class Variant, class Key = decltype(Variant::key)>
 const Variant* find_variant(std::span<const Variant> all, const Key& key) {
@@ -87,10 +93,12 @@ const Variant* find_variant(std::span<const Variant> all, const Key& key) {
 namespace sm80 {
 std::span<const AttentionVariant> attention_variants();
 std::span<const SelectionVariant> selection_variants();
+std::span<const PagedAttentionVariant> paged_attention_variants();
 }  // namespace sm80
 namespace sm90 {
 std::span<const AttentionVariant> attention_variants();
 std::span<const SelectionVariant> selection_variants();
+std::span<const PagedAttentionVariant> paged_attention_variants();
 }  // namespace sm90
 
 // These start kernels and return. They allocate nothing and wait for nothing.
@@ -101,6 +109,13 @@ Status attention_backward(const VariantKey& key, const AttentionBackwardParams& 
 // The params come without a tiling.
 Status select_blocks(const SelectionKey& key, const SelectionParams& params, int segment_blocks,
                      const LaunchContext& context);
+Status paged_attention(const SelectionKey& key, const PagedAttentionParams& params,
+                       const LaunchContext& context);
+// What a variant left of the splits becomes one result.
+Status merge_splits(Dtype dtype, const PagedAttentionParams& params, const LaunchContext& context);
+Status find_extrema(Dtype dtype, const ExtremaParams& params, const LaunchContext& context);
+Status select_by_bounds(Dtype dtype, int head_dim, const BoundParams& params,
+                        const LaunchContext& context);
 // `window_blocks`: that are marked at a time; 0 is as many as there is room for.
 Status build_unions(const UnionParams& params, int window_blocks, const LaunchContext& context);
 Status invert_plan(const InversionParams& params, const LaunchContext& context);
@@ -108,9 +123,9 @@ Status invert_plan(const InversionParams& params, const LaunchContext& context);
 }  // namespace sparse_attn
 
 // What was compiled, as JSON. `sparse_attn_variants`: a list of {"kernel": "attention", "arch": 80,
-// "dtype": "bfloat16", "head_dim": 64, "kv_block_sizes": [16, 32]}; a kernel named "selection"
-// takes blocks of any size and lists none. `sparse_attn_kernels`: of every kernel that is launched
-// anywhere, {"config": the type that it is a template over, "threads": of a block, "shared_bytes":
-// dynamic, null if each call says}.
+// "dtype": "bfloat16", "head_dim": 64, "kv_block_sizes": [16, 32]}; kernels named "selection",
+// "paged_attention" and "bounds" have no sizes of blocks of their own and list none.
+// `sparse_attn_kernels`: of every kernel that is launched anywhere, {"config": the type that it is
+// a template over, "threads": of a block, "shared_bytes": dynamic, null if each call says}.
 extern "C" const char* sparse_attn_variants();
 extern "C" const char* sparse_attn_kernels();

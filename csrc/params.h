@@ -160,4 +160,76 @@ struct InversionParams {
   int capacity;
 };
 
+// Attention of the last tokens of sequences over selected blocks of keys that lie in pages.
+struct PagedAttentionParams {
+  const void* query;               // T [batch, q_len, num_q_heads, head_dim]
+  const void* key_pages;           // T [num_pages, page_size, num_kv_heads, head_dim]
+  const void* value_pages;         // as key_pages
+  const std::int32_t* page_table;  // [table_batch, max_pages], the pages of a sequence in order
+  const std::int32_t* seq_lens;    // [length_batch], tokens, the queries included
+  const std::int32_t* blocks;  // [list_batch, list_heads, list_rows, num_slots], of the sequence;
+                               // unique, and before the slots that are empty
+  const std::int32_t* counts;  // [count_batch, list_heads, list_rows], of slots that are not empty
+  const std::int32_t* window_left;  // [window_batch, num_q_heads] or null
+  const std::int32_t* num_sinks;    // [sinks_batch, num_q_heads] or null
+  // Of each split; null if there is one.
+  float* partial_out;       // [batch, num_splits, q_len, num_q_heads, head_dim]
+  float* partial_lse_log2;  // [batch, num_splits, q_len, num_q_heads], in base 2
+  void* out;                // T [batch, q_len, num_q_heads, head_dim]
+  float* lse;               // [batch, q_len, num_q_heads], natural logarithm
+  int batch, q_len, num_q_heads, num_kv_heads, head_dim;
+  int num_pages, page_size, max_pages;
+  int list_heads;  // 1, num_kv_heads or num_q_heads
+  int list_rows;   // lists of a head: 1 for all query tokens, or q_len
+  int num_slots, block_size, num_splits;
+  // An array with fewer rows than the batch is used again from its start: batch % rows.
+  int table_batch, length_batch, list_batch, count_batch, window_batch, sinks_batch;
+  float scale;
+  float logits_soft_cap;  // 0: none
+};
+
+// How the bounds of the query heads of a list become one: their maximum, their mean, or the bound
+// of the mean of the queries.
+enum class BoundReduction { kMax, kMean, kMeanQuery };
+
+// Selects blocks by bounds on the products of a query with their keys.
+struct BoundParams {
+  const void* query;    // T [batch, q_len, num_q_heads, head_dim]
+  const void* maximum;  // T [extrema_batch, num_blocks, num_kv_heads, head_dim], of the keys of
+                        // each block; or in pages [num_pages, page_rows, num_kv_heads, head_dim]
+  const void* minimum;  // as maximum
+  const std::int32_t* page_table;  // [table_batch, max_pages]: block b of a sequence is row
+                                   // b % page_rows of page b / page_rows; null if not in pages
+  const std::int32_t* limits;      // [limit_batch, q_len, 4]: kept are the blocks before the first
+                               // number and those from the second to before the third, no more than
+                               // top_k; of the others, those before the fourth compete
+  float* scores;          // [batch, num_lists, q_len, num_blocks], scratch
+  std::int32_t* indices;  // [batch, num_lists, q_len, top_k], ascending, -1 last
+  int batch, q_len, num_q_heads, num_kv_heads;
+  int num_lists;  // num_kv_heads, or num_q_heads without a reduction
+  int num_blocks, num_pages, page_rows, max_pages;
+  // An array with fewer rows than the batch is used again from its start: batch % rows.
+  int extrema_batch, table_batch, limit_batch;
+  int top_k;
+  BoundReduction reduction;
+};
+
+// Finds the extrema of each channel of the keys in some blocks.
+struct ExtremaParams {
+  const void* keys;                // T [key_batch, kv_len, num_kv_heads, head_dim], or in pages
+                                   // [num_pages, page_size, num_kv_heads, head_dim]
+  const std::int32_t* page_table;  // [table_batch, max_pages], the pages of a sequence in order;
+                                   // null if not in pages
+  const std::int32_t* blocks;      // [block_batch, num_blocks], of the sequence
+  const std::int32_t* lengths;     // [length_batch]: of the tokens before
+  void* maximum;  // T [batch, num_blocks, num_kv_heads, head_dim], -inf of no token
+  void* minimum;  // as maximum, inf of no token
+  int batch, num_blocks, block_size;
+  int row_pieces;  // of 16 bytes, of the KV heads of a token
+  int num_pages, page_size, max_pages;
+  int kv_len;
+  // An array with fewer rows than the batch is used again from its start: batch % rows.
+  int key_batch, table_batch, block_batch, length_batch;
+};
+
 }  // namespace sparse_attn

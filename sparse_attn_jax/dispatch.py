@@ -8,6 +8,7 @@ from types import ModuleType
 from absl import logging
 
 from sparse_attn_jax import measured
+from sparse_attn_jax.bound_problem import BoundProblem, ExtremaProblem
 from sparse_attn_jax.implementations import cuda, mosaic, xla
 from sparse_attn_jax.paged_problem import PagedProblem
 from sparse_attn_jax.problem import Problem
@@ -21,13 +22,15 @@ IMPLEMENTATIONS: Mapping[str, ModuleType] = {"mosaic": mosaic, "cuda": cuda, "xl
 CUSTOM_CALL_TARGETS: tuple[str, ...] = cuda.CUSTOM_CALL_TARGETS
 
 # Any of the calls that implementations run.
-AnyProblem = Problem | ScoringProblem | PagedProblem
+AnyProblem = Problem | ScoringProblem | PagedProblem | ExtremaProblem | BoundProblem
 
 # What a call is named, and the function of an implementation that gives the reasons against it.
 CALLS = {
     Problem: ("attention, forward and backward,", "supports"),
     ScoringProblem: ("selection", "supports_scoring"),
     PagedProblem: ("paged attention", "supports_paged"),
+    ExtremaProblem: ("extrema of blocks", "supports_extrema"),
+    BoundProblem: ("selection by bounds", "supports_bounds"),
 }
 
 
@@ -38,7 +41,7 @@ class Explanation:
     Attributes:
       implementation: the name that runs the problem, forward and backward; `None` if none of those asked for can.
       reasons: for each implementation asked for, in order of preference, the reasons against it; empty if it can run.
-      problem: what was asked: of attention, of block selection, or of attention over pages.
+      problem: what was asked: one of the kinds that `CALLS` has.
     """
 
     implementation: str | None

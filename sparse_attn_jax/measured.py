@@ -10,9 +10,12 @@ import math
 from collections.abc import Iterable
 from importlib import resources
 
+from sparse_attn_jax.bound_problem import BoundProblem, ExtremaProblem
 from sparse_attn_jax.paged_problem import PagedProblem
 from sparse_attn_jax.problem import Problem
 from sparse_attn_jax.scoring_problem import ScoringProblem
+
+AnyProblem = Problem | ScoringProblem | PagedProblem | ExtremaProblem | BoundProblem
 
 FILE = "measured.json"
 # A row speaks for the problems that have these in common with it, the row of the nearest length first.
@@ -25,17 +28,20 @@ def read_rows() -> tuple[dict, ...]:
     return tuple(json.loads(resources.files(__package__).joinpath(FILE).read_text()))
 
 
-def case_of(problem: Problem | ScoringProblem | PagedProblem) -> dict:
+def case_of(problem: AnyProblem) -> dict:
     """The fields of `CASE`, of a problem."""
     common = {name: getattr(problem, name) for name in ("device_kind", "dtype", "head_dim", "group_size")}
     if isinstance(problem, ScoringProblem):
         return common | dict(op="selection", kv_block_size=problem.block_size, per_token=True)
     if isinstance(problem, PagedProblem):
         return common | dict(op="paged", kv_block_size=problem.selection_block_size, per_token=problem.selection_rows > 1)
+    if isinstance(problem, ExtremaProblem | BoundProblem):
+        op = "bounds" if isinstance(problem, BoundProblem) else "extrema"
+        return common | dict(op=op, kv_block_size=problem.block_size, per_token=True)
     return common | dict(op="attention", kv_block_size=problem.kv_block_size, per_token=problem.q_block_size == 1)
 
 
-def fastest_first(names: Iterable[str], problem: Problem | ScoringProblem | PagedProblem) -> tuple[str, ...]:
+def fastest_first(names: Iterable[str], problem: AnyProblem) -> tuple[str, ...]:
     """`names` with those that were measured for such a problem in order of time; the others stay where they are."""
     names, case = tuple(names), case_of(problem)
     rows = [row for row in read_rows() if all(row[field] == case[field] for field in CASE)]

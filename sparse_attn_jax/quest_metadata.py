@@ -1,15 +1,17 @@
 """`QuestMetadata`: the extrema of every channel in every block of keys, dense or in pages, kept up to date as tokens come."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 
-from sparse_attn_jax import jax_compat, validation
+from sparse_attn_jax import dispatch, jax_compat, validation
+from sparse_attn_jax.bound_problem import ExtremaProblem
 from sparse_attn_jax.page_tables import look_up
 from sparse_attn_jax.paged_cache import PagedKVCache, load, store
-from sparse_attn_jax.problem import MAX_LENGTH
+from sparse_attn_jax.problem import MAX_LENGTH, device_of
 from sparse_attn_jax.selection import num_blocks
 from sparse_attn_jax.selection_checks import check_int
 
@@ -143,9 +145,17 @@ class QuestMetadata:
         """Tokens per sequence there is room for."""
         return self.num_blocks * self.block_size
 
-    def build(self, key: jax.Array | None, seq_lens: jax.Array | int, *, block_tables: jax.Array | None = None) -> Self:
+    def build(
+        self,
+        key: jax.Array | None,
+        seq_lens: jax.Array | int,
+        *,
+        block_tables: jax.Array | None = None,
+        implementation: str | Sequence[str] | None = None,
+    ) -> Self:
         """Covers the first `seq_lens` tokens anew, whatever was covered before. Arguments as in `refresh`."""
-        return self.reset(jnp.arange(self.batch, dtype=jnp.int32)).refresh(key, None, seq_lens, block_tables=block_tables)
+        empty = self.reset(jnp.arange(self.batch, dtype=jnp.int32))
+        return empty.refresh(key, None, seq_lens, block_tables=block_tables, implementation=implementation)
 
     def reset(self, sequence: int | jax.Array) -> Self:
         """Covers nothing of a sequence, an int or int32 array of rows of the batch: another one takes its place."""
@@ -159,6 +169,7 @@ class QuestMetadata:
         end: jax.Array | int,
         *,
         block_tables: jax.Array | None = None,
+        implementation: str | Sequence[str] | None = None,
     ) -> Self:
         """Reads the tokens start .. end - 1 of each sequence, which are new or have changed, and covers them.
 
@@ -172,9 +183,12 @@ class QuestMetadata:
           start: int32 [batch] or an int; `None` is `covered_len`: all that has come since.
           end: int32 [batch] or an int. Values outside [0, max_len] count as the nearest inside, of `start` too.
           block_tables: int32 [batch, max_pages], of the keys.
+          implementation: what finds the extrema: "xla", "mosaic" or "cuda", or a sequence of them to try in order. Default: the
+            first that can.
 
         Raises:
           ValueError: keys that do not fit the metadata, or a length of `key` for which it has no room.
+          NotImplementedError: none of the implementations asked for can run this call; the message lists every reason.
         """
         self._check_keys(key, block_tables)
         for name, x in (("start", 0 if start is None else start), ("end", end)):
@@ -188,10 +202,12 @@ class QuestMetadata:
         first = first_token // self.block_size
         last = jnp.where(end > first_token, num_blocks(end, self.block_size), first)
 
+        problem = self._problem(key, block_tables)
+        find_extrema = dispatch.get(dispatch.choose(problem, implementation)).find_extrema
+
         def refresh_some(step, arrays):
             blocks = first[:, None] + step * REFRESH_BLOCKS + jnp.arange(REFRESH_BLOCKS, dtype=jnp.int32)
-            tokens, positions, exists = _read_blocks(arrays[0] if key is None else key, block_tables, blocks, self.block_size)
-            extrema = block_extrema(tokens, exists & (positions < new_len[:, None, None]))
+            extrema = find_extrema(problem, arrays[0] if key is None else key, block_tables, blocks, new_len)
             where = self._locate(jnp.where(blocks < last[:, None], blocks, -1))
             return tuple(store(array, where, x) for array, x in zip(arrays, extrema, strict=True))
 
@@ -256,6 +272,19 @@ class QuestMetadata:
         page = look_up(self.block_tables, jnp.where(inside, blocks // rows, -1), num_pages)
         return page, blocks % rows
 
+    def _problem(self, key: jax.Array | None, block_tables: jax.Array | None) -> ExtremaProblem:
+        keys = self.maximum if key is None else key
+        return ExtremaProblem(
+            batch=self.batch,
+            num_kv_heads=keys.shape[2],
+            head_dim=keys.shape[3],
+            dtype=keys.dtype.name,
+            block_size=self.block_size,
+            kv_len=keys.shape[1] * (1 if block_tables is None else block_tables.shape[1]),
+            page_size=None if block_tables is None else keys.shape[1],
+            **device_of(keys)._asdict(),
+        )
+
     def _check_keys(self, key: jax.Array | None, block_tables: jax.Array | None) -> None:
         if block_tables is not None:
             _check_tables(block_tables, self.batch)
@@ -272,33 +301,6 @@ class QuestMetadata:
         if block_tables is None:
             needed = f"of at most {self.max_len} tokens: the metadata has {self.num_blocks} blocks of {self.block_size}"
             validation.require(key.shape[1] <= self.max_len, "key", key, needed)
-
-
-def block_extrema(tokens: jax.Array, exists: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Maxima and minima over the tokens that exist.
-
-    Args:
-      tokens: [batch, blocks, block_size, num_kv_heads, head_dim].
-      exists: bool, broadcasts with [batch, blocks, block_size].
-
-    Returns:
-      [batch, blocks, num_kv_heads, head_dim] each. A block without a token has -inf and inf, and scores -inf or NaN: it is not
-      chosen.
-    """
-    exists = exists[..., None, None]
-    return jnp.where(exists, tokens, -jnp.inf).max(axis=2), jnp.where(exists, tokens, jnp.inf).min(axis=2)
-
-
-def _read_blocks(key: jax.Array, block_tables: jax.Array | None, blocks: jax.Array, block_size: int):
-    """The tokens of int32 [batch, n] blocks: [batch, n, block_size, num_kv_heads, head_dim], positions, and which exist."""
-    positions = blocks[..., None] * block_size + jnp.arange(block_size, dtype=jnp.int32)
-    if block_tables is None:
-        sequence = jnp.arange(key.shape[0], dtype=jnp.int32)[:, None, None]
-        exists = positions < key.shape[1]
-        return load(key, (sequence, jnp.where(exists, positions, 0))), positions, exists
-    num_pages, page_size = key.shape[:2]
-    page = look_up(block_tables, positions // page_size, num_pages)
-    return load(key, (page, positions % page_size)), positions, page < num_pages
 
 
 def _check_tables(block_tables: Any, batch: int | None = None) -> None:

@@ -179,8 +179,9 @@ def test_few_variants_are_left():
     text = with_few_variants((CSRC / LISTS).read_text())
     calls = re.findall(r"add_attention<kArch, Variant, T, (\d+), ([\d, ]+)>\(", text)
     assert {int(head_dim): tuple(map(int, sizes.split(", "))) for head_dim, sizes in calls} == VARIANTS
-    (head_dims,) = re.findall(r"add_selection<kArch, Variant, T, ([\d, ]+)>\(", text)
-    assert tuple(map(int, head_dims.split(", "))) == tuple(VARIANTS)
+    for add in ("add_selection", "add_paged"):
+        (head_dims,) = re.findall(rf"{add}<kArch, Variant, T, ([\d, ]+)>\(", text)
+        assert tuple(map(int, head_dims.split(", "))) == tuple(VARIANTS)
     assert re.findall(r"operator\(\)<(.*)>\(", text) == ["ptx::BFloat16"]
 
 

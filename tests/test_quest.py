@@ -10,6 +10,7 @@ import pytest
 import selector_checks
 
 from sparse_attn_jax.api import sparse_attention
+from sparse_attn_jax.block_bounds import bound_scores
 from sparse_attn_jax.paged_attention import paged_block_sparse_attention
 from sparse_attn_jax.paged_cache import PagedKVCache
 from sparse_attn_jax.quest_metadata import QuestMetadata
@@ -159,7 +160,7 @@ def test_bound_is_at_least_every_product(group):
     products = np.einsum("qhd,jhd->hjq", np.asarray(query[0]), np.asarray(key[0]).repeat(3, axis=1))
     for block_size in (1, 16):
         bounds = jnp.concatenate([jnp.asarray(x)[None] for x in definition.extrema(key[0], 64, block_size)], axis=-1)
-        scores = np.asarray(dataclasses.replace(SMALL, group=group)._score(query, bounds))  # [1, heads, blocks, queries]
+        scores = np.asarray(bound_scores(query, bounds, group))  # [1, heads, blocks, queries]
         largest = products.reshape(6, -1, block_size, 50).max(axis=2)
         largest = largest if group is None else largest.reshape(2, 3, -1, 50).max(axis=1)
         assert np.all(scores[0] >= largest - 1e-4)

@@ -130,7 +130,8 @@ def read_code(extension: Path) -> list[Code]:
                 arch=arch,
                 threads=launch["threads"],
                 dynamic_shared_bytes=launch["shared_bytes"],
-                static_shared_bytes=found["SHARED"] - MULTIPROCESSORS[arch].reported_shared_bytes,
+                # None at all is reported where no kernel of the source file uses any.
+                static_shared_bytes=found["SHARED"] and found["SHARED"] - MULTIPROCESSORS[arch].reported_shared_bytes,
                 registers=found["REG"],
                 stack_bytes=found["STACK"],
                 local_bytes=found["LOCAL"],

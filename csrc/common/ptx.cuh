@@ -44,6 +44,10 @@ __device__ __forceinline__ int warp_index() { return static_cast<int>(threadIdx.
 
 // ---- Global memory. T has 1, 2, 4, 8 or 16 bytes and the pointer is aligned to them.
 
+struct alignas(16) Words4 {
+  std::uint32_t x[4];
+};
+
 template <class T>
 __device__ __forceinline__ T load_global(const T* from SPARSE_ATTN_AT) {
 #if SPARSE_ATTN_HOST_SIM

@@ -26,6 +26,11 @@ void add_selection(std::vector<SelectionVariant>& to) {
   (to.push_back({{kArch, kDtype<T>, kHeadDims}, Variant<T, kHeadDims>::run}), ...);
 }
 
+template <int kArch, template <class, int> class Variant, class T, int... kHeadDims>
+void add_paged(std::vector<PagedAttentionVariant>& to) {
+  (to.push_back({{kArch, kDtype<T>, kHeadDims}, Variant<T, kHeadDims>::run}), ...);
+}
+
 template <class Add>
 void for_each_dtype(Add add) {
   add.template operator()<ptx::BFloat16>();
@@ -50,6 +55,13 @@ template <int kArch, template <class, int> class Variant>
 std::vector<SelectionVariant> list_selection() {
   std::vector<SelectionVariant> all;
   for_each_dtype([&]<class T>() { add_selection<kArch, Variant, T, 64, 96, 128, 256>(all); });
+  return all;
+}
+
+template <int kArch, template <class, int> class Variant>
+std::vector<PagedAttentionVariant> list_paged() {
+  std::vector<PagedAttentionVariant> all;
+  for_each_dtype([&]<class T>() { add_paged<kArch, Variant, T, 64, 96, 128, 256>(all); });
   return all;
 }
 

@@ -17,6 +17,9 @@ py::dict registrations() {
   handlers["sparse_attn_attention_forward"] = capsule(sparse_attn_attention_forward);
   handlers["sparse_attn_attention_backward"] = capsule(sparse_attn_attention_backward);
   handlers["sparse_attn_select_blocks"] = capsule(sparse_attn_select_blocks);
+  handlers["sparse_attn_paged_attention"] = capsule(sparse_attn_paged_attention);
+  handlers["sparse_attn_block_extrema"] = capsule(sparse_attn_block_extrema);
+  handlers["sparse_attn_select_by_bounds"] = capsule(sparse_attn_select_by_bounds);
   handlers["sparse_attn_plan_unions"] = capsule(sparse_attn_plan_unions);
   handlers["sparse_attn_plan_inverse"] = capsule(sparse_attn_plan_inverse);
   return handlers;

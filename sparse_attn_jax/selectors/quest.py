@@ -1,16 +1,19 @@
 """`Quest`: the blocks in which some key could attract the query most, by a bound from the extrema of the channels."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from sparse_attn_jax import dispatch, validation
 from sparse_attn_jax import selection_checks as checks
-from sparse_attn_jax import validation
-from sparse_attn_jax.block_top_k import list_highest
+from sparse_attn_jax.block_bounds import block_extrema, bound_scores, list_by_limits, stack_bounds
+from sparse_attn_jax.bound_problem import BoundOperands, BoundProblem
+from sparse_attn_jax.problem import device_of
 from sparse_attn_jax.query_chunks import map_chunks
-from sparse_attn_jax.quest_metadata import QuestMetadata, block_extrema
+from sparse_attn_jax.quest_metadata import QuestMetadata
 from sparse_attn_jax.scoring_problem import absolute_positions
 from sparse_attn_jax.selection import BlockSelection, num_blocks
 from sparse_attn_jax.selectors.static_rows import check_call
@@ -90,7 +93,7 @@ class Quest:
         check_call(query, key, is_causal, q_offset)
         query, key = jax.lax.stop_gradient((query, key))
         (batch, q_len), kv_len = query.shape[:2], key.shape[1]
-        bounds = _stack_bounds(*_extrema_of(key, self.block_size))
+        bounds = stack_bounds(*_extrema_of(key, self.block_size))
         positions = absolute_positions(q_offset, q_len, kv_len)
         heads = query.shape[2] if self.group is None else key.shape[2]
         num_scored = num_blocks(kv_len, self.block_size)
@@ -101,9 +104,10 @@ class Quest:
 
         def select_chunk(start):
             position = jax.lax.dynamic_slice_in_dim(positions, start, chunk, axis=1)
-            scores = self._score(jax.lax.dynamic_slice_in_dim(query, start, chunk, axis=1), bounds)
+            scores = bound_scores(jax.lax.dynamic_slice_in_dim(query, start, chunk, axis=1), bounds, self.group)
             own = position // self.block_size
-            return self._choose(scores, own, own if is_causal else num_scored, is_causal=is_causal)
+            limits = self._limits(own, own if is_causal else num_scored, is_causal=is_causal)
+            return list_by_limits(scores, limits, self.top_k)
 
         return self._selection(map_chunks(select_chunk, q_len, chunk))
 
@@ -115,6 +119,7 @@ class Quest:
         seq_lens: jax.Array,
         tokens_since_update: jax.Array | int | None = None,
         out: jax.Array | None = None,
+        implementation: str | Sequence[str] | None = None,
     ) -> jax.Array:
         """Selects for decoding, from metadata that may lag behind the sequences.
 
@@ -130,6 +135,7 @@ class Quest:
             covered: mru is then at most seq_lens minus it. A negative number forces nothing, and scores the metadata's last
             block even if it is incomplete, as Ascend's operators do with -1. `None`: mru is `metadata.covered_len`.
           out: int32, of the result's shape: a buffer that the result takes the place of, if the caller donates it.
+          implementation: "xla", "mosaic" or "cuda", or a sequence of them to try in order. Default: the first that can.
 
         Returns:
           int32 [batch, num_kv_heads (num_q_heads if `group` is `None`), q_len, top_k], logical ids, ascending, -1 last:
@@ -137,6 +143,7 @@ class Quest:
 
         Raises:
           ValueError: an argument is wrong, or metadata of another batch, number of heads, head_dim or block size.
+          NotImplementedError: none of the implementations asked for can run this call; the message lists every reason.
         """
         self._check_select(query, metadata, seq_lens, tokens_since_update)
         batch, q_len, num_q_heads, _ = query.shape
@@ -145,9 +152,8 @@ class Quest:
         if out is not None:
             fits = validation.is_array(out) and out.dtype == jnp.int32 and tuple(out.shape) == shape
             validation.require(fits, "out", out, f"int32 of shape {list(shape)}")
-        maximum, minimum, has_place = metadata.read_blocks()
-        scores = self._score(jax.lax.stop_gradient(query), _stack_bounds(*jax.lax.stop_gradient((maximum, minimum))))
-        scores = jnp.where(has_place[:, None, :, None], scores, -jnp.inf)
+        problem = self._problem(query, metadata)
+        name = dispatch.choose(problem, implementation)
         seq_lens = jnp.clip(seq_lens, 0, metadata.max_len)[:, None]
         position = seq_lens - q_len + jnp.arange(q_len, dtype=jnp.int32)  # [batch, q_len]
         own = position // self.block_size
@@ -160,7 +166,10 @@ class Quest:
         num_scored = jnp.minimum(covered // self.block_size, own)
         if is_forcing is not None:
             num_scored = jnp.where(is_forcing, num_scored, jnp.minimum(num_blocks(covered, self.block_size), own + 1))
-        ids = self._choose(scores, own, num_scored, is_forcing=is_forcing).swapaxes(2, 3)
+        limits = jnp.broadcast_to(self._limits(own, num_scored, is_forcing=is_forcing), (batch, q_len, 4))
+        arrays = jax.lax.stop_gradient((query, metadata.maximum, metadata.minimum))
+        operands = BoundOperands(*arrays, metadata.block_tables, limits)
+        ids = dispatch.get(name).select_by_bounds(problem, operands)
         return ids if out is None else out.at[:].set(ids)
 
     def _selection(self, ids: jax.Array) -> BlockSelection:
@@ -168,6 +177,24 @@ class Quest:
 
     def _window(self, auto: int) -> int:
         return auto if isinstance(self.num_window_blocks, str) else self.num_window_blocks
+
+    def _problem(self, query: jax.Array, metadata: QuestMetadata) -> BoundProblem:
+        batch, q_len, num_q_heads, head_dim = query.shape
+        return BoundProblem(
+            batch=batch,
+            q_len=q_len,
+            num_q_heads=num_q_heads,
+            num_kv_heads=metadata.maximum.shape[2],
+            head_dim=head_dim,
+            dtype=query.dtype.name,
+            extrema_dtype=metadata.maximum.dtype.name,
+            num_blocks=metadata.num_blocks,
+            block_size=self.block_size,
+            page_rows=None if metadata.block_tables is None else metadata.maximum.shape[1],
+            group=self.group,
+            top_k=self.top_k,
+            **device_of(query)._asdict(),
+        )
 
     def _check_select(self, query, metadata, seq_lens, tokens_since_update) -> None:
         validation.require(isinstance(metadata, QuestMetadata), "metadata", metadata, "a QuestMetadata")
@@ -188,47 +215,27 @@ class Quest:
         if tokens_since_update is not None:
             validation.check_integers("tokens_since_update", tokens_since_update, (batch,))
 
-    def _score(self, query: jax.Array, bounds: jax.Array) -> jax.Array:
-        """The bounds [batch, heads, num_blocks, queries] of queries [batch, queries, num_q_heads, head_dim].
-
-        max(q M, q m) is q M for a positive q and q m for a negative one, so that both make one product of matrices.
-        """
-        batch, num_queries, num_q_heads, head_dim = query.shape
-        num_kv_heads = bounds.shape[2]
-        query = query.astype(jnp.float32).reshape(batch, num_queries, num_kv_heads, -1, head_dim)
-        if self.group == "mean_q":
-            query = query.mean(axis=3, keepdims=True)
-        signed = jnp.concatenate([jnp.maximum(query, 0), jnp.minimum(query, 0)], axis=-1)
-        scores = jnp.einsum("bqngd,bknd->bngkq", signed, bounds, precision=jax.lax.Precision.HIGHEST)
-        if self.group is None:
-            return scores.reshape(batch, num_q_heads, -1, num_queries)
-        return scores.mean(axis=2) if self.group == "mean_bound" else scores.max(axis=2)
-
-    def _choose(self, scores, own, num_scored, *, is_causal: bool = True, is_forcing=None) -> jax.Array:
-        """The lists, int32 [batch, heads, top_k, queries].
+    def _limits(self, own, num_scored, *, is_causal: bool = True, is_forcing=None) -> jax.Array:
+        """What each query keeps and what competes, int32 [batch or 1, queries, 4], see `BoundOperands`.
 
         Args:
-          scores: float32 [batch, heads, num_blocks, queries].
           own: int32 [batch or 1, queries], the block of each query.
           num_scored: an int, or int32 [batch or 1, queries]: the leading blocks that compete by score.
           is_causal: the blocks from `num_scored` to the query's own are kept, and none after it.
           is_forcing: bool [batch, queries], the queries that keep blocks; `None` is all.
         """
-        ids = jnp.arange(scores.shape[2], dtype=jnp.int32)[:, None]
-        num_scored = jnp.broadcast_to(jnp.asarray(num_scored, jnp.int32), own.shape)[:, None, None, :]
-        own = own[:, None, None, :]
-        oldest = own + 1 - self._window(0)
+        num_scored = jnp.broadcast_to(jnp.asarray(num_scored, jnp.int32), own.shape)
+        num_sinks = jnp.full_like(own, self.num_sink_blocks)
+        end = own + 1
+        oldest = end - self._window(0)
         if is_causal:
             oldest = jnp.minimum(oldest, num_scored)
+            num_sinks, num_scored = jnp.minimum(num_sinks, end), jnp.minimum(num_scored, end)
         # With the sinks, no more than there is room for.
-        oldest = jnp.maximum(oldest, own + 1 - (self.top_k - self.num_sink_blocks))
-        forced = (ids < self.num_sink_blocks) | ((ids >= oldest) & (ids <= own))
+        oldest = jnp.maximum(oldest, end - (self.top_k - self.num_sink_blocks))
         if is_forcing is not None:
-            forced &= is_forcing[:, None, None, :]
-        scored = ids < num_scored
-        if is_causal:
-            forced, scored = forced & (ids <= own), scored & (ids <= own)
-        return list_highest(scores, forced | scored, forced, self.top_k)
+            num_sinks, oldest = jnp.where(is_forcing, num_sinks, 0), jnp.where(is_forcing, oldest, end)
+        return jnp.stack([num_sinks, oldest, end, num_scored], axis=-1)
 
 
 def _extrema_of(key: jax.Array, block_size: int) -> tuple[jax.Array, jax.Array]:
@@ -238,8 +245,3 @@ def _extrema_of(key: jax.Array, block_size: int) -> tuple[jax.Array, jax.Array]:
     padded = jnp.pad(key, [(0, 0), (0, count * block_size - kv_len), (0, 0), (0, 0)])
     exists = jnp.arange(count * block_size).reshape(1, count, block_size) < kv_len
     return block_extrema(padded.reshape(batch, count, block_size, *rest), exists)
-
-
-def _stack_bounds(maximum: jax.Array, minimum: jax.Array) -> jax.Array:
-    """float32 [batch, num_blocks, num_kv_heads, 2 * head_dim]."""
-    return jnp.concatenate([maximum, minimum], axis=-1).astype(jnp.float32)

@@ -38,9 +38,8 @@ def with_few_variants(source: str) -> str:
 
     text = re.sub(r"add_attention<kArch, Variant, T, (\d+), ([\d, ]+)>\(all\);", few, source)
     head_dims = ", ".join(map(str, VARIANTS))
-    text = re.sub(
-        r"add_selection<kArch, Variant, T, [\d, ]+>\(all\);", f"add_selection<kArch, Variant, T, {head_dims}>(all);", text
-    )
+    for add in ("add_selection", "add_paged"):
+        text = re.sub(rf"{add}<kArch, Variant, T, [\d, ]+>\(all\);", f"{add}<kArch, Variant, T, {head_dims}>(all);", text)
     return text.replace("add.template operator()<ptx::Float16>();", "")
 
 

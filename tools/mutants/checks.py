@@ -8,14 +8,18 @@ from sparse_attn_jax.implementations.cuda import library
 
 sys.path.append(str(library.host_sim.ROOT / "tests"))
 
-from tools.mutants import attention_checks, plan_checks, selection_checks  # noqa: E402
+from tools.mutants import attention_checks, bounds_checks, paged_checks, plan_checks, selection_checks  # noqa: E402
 
 # By the source that starts the kernels.
 MAKERS = {
+    "common/bounds.cu": bounds_checks.all_checks,
+    "common/paged.cu": paged_checks.all_checks,
     "common/plan.cu": plan_checks.all_checks,
     "sm80/launchers.cu": attention_checks.all_checks,
+    "sm80/paged.cu": paged_checks.all_checks,
     "sm80/selection.cu": selection_checks.all_checks,
     "sm90/launchers.cu": attention_checks.all_checks,
+    "sm90/paged.cu": paged_checks.all_checks,
     "sm90/selection.cu": selection_checks.all_checks,
 }
 

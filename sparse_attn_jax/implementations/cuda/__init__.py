@@ -3,10 +3,16 @@
 On a CPU the same kernels run in a simulator (`SPARSE_ATTN_HOST_SIM=1`), for tests. They have never run on a GPU.
 """
 
+from sparse_attn_jax.bound_problem import BoundProblem, ExtremaProblem
 from sparse_attn_jax.implementations.cuda import library, planning
 from sparse_attn_jax.implementations.cuda.attention_backward import backward as backward
 from sparse_attn_jax.implementations.cuda.attention_forward import forward as forward
+from sparse_attn_jax.implementations.cuda.bounds import find_extrema as find_extrema
+from sparse_attn_jax.implementations.cuda.bounds import reasons_of_bounds
+from sparse_attn_jax.implementations.cuda.bounds import select_by_bounds as select_by_bounds
 from sparse_attn_jax.implementations.cuda.library import CUSTOM_CALL_TARGETS as CUSTOM_CALL_TARGETS
+from sparse_attn_jax.implementations.cuda.paged_attention import attend_pages as attend_pages
+from sparse_attn_jax.implementations.cuda.paged_attention import reasons_of_sizes
 from sparse_attn_jax.implementations.cuda.scoring import select_from_units as select_from_units
 from sparse_attn_jax.paged_problem import PagedProblem
 from sparse_attn_jax.planning import TilePlan, default_tile_size
@@ -63,11 +69,20 @@ def supports_scoring(problem: ScoringProblem) -> tuple[str, ...]:
 
 def supports_paged(problem: PagedProblem) -> tuple[str, ...]:
     """Reasons against attending over pages."""
-    del problem
-    return ("there is no kernel that reads pages",)
+    return (*_reasons_of_library(problem, ("dtype", "head_dim")), *reasons_of_sizes(problem))
 
 
-def _reasons_of_library(problem: Problem | ScoringProblem, fields: tuple[str, ...]) -> list[str]:
+def supports_extrema(problem: ExtremaProblem) -> tuple[str, ...]:
+    """Reasons against finding the extrema of blocks."""
+    return tuple(_reasons_of_library(problem, ("dtype", "head_dim")))
+
+
+def supports_bounds(problem: BoundProblem) -> tuple[str, ...]:
+    """Reasons against selecting blocks by bounds."""
+    return (*_reasons_of_library(problem, ("dtype", "head_dim")), *reasons_of_bounds(problem))
+
+
+def _reasons_of_library(problem: library.AnyProblem, fields: tuple[str, ...]) -> list[str]:
     """Reasons that the device and the compiled variants give, which differ in `fields` of the problem."""
     on_simulator = problem.platform == "cpu" and library.is_simulated()
     missing = library.missing("cpu" if on_simulator else "gpu")

@@ -19,16 +19,30 @@ import jax
 import jaxlib.version
 import numpy as np
 
+from sparse_attn_jax.bound_problem import BoundProblem, ExtremaProblem
 from sparse_attn_jax.implementations.cuda import host_sim
+from sparse_attn_jax.paged_problem import PagedProblem
 from sparse_attn_jax.problem import Problem
 from sparse_attn_jax.scoring_problem import ScoringProblem
 
 ATTENTION_FORWARD = "sparse_attn_attention_forward"
 ATTENTION_BACKWARD = "sparse_attn_attention_backward"
 SELECT_BLOCKS = "sparse_attn_select_blocks"
+PAGED_ATTENTION = "sparse_attn_paged_attention"
+BLOCK_EXTREMA = "sparse_attn_block_extrema"
+SELECT_BY_BOUNDS = "sparse_attn_select_by_bounds"
 PLAN_UNIONS = "sparse_attn_plan_unions"
 PLAN_INVERSE = "sparse_attn_plan_inverse"
-CUSTOM_CALL_TARGETS = (ATTENTION_FORWARD, ATTENTION_BACKWARD, SELECT_BLOCKS, PLAN_UNIONS, PLAN_INVERSE)
+CUSTOM_CALL_TARGETS = (
+    ATTENTION_FORWARD,
+    ATTENTION_BACKWARD,
+    SELECT_BLOCKS,
+    PAGED_ATTENTION,
+    BLOCK_EXTREMA,
+    SELECT_BY_BOUNDS,
+    PLAN_UNIONS,
+    PLAN_INVERSE,
+)
 
 # Environment variables.
 HOST_SIM = "SPARSE_ATTN_HOST_SIM"  # "1", or the path of a compiled simulator
@@ -43,6 +57,16 @@ INSTALL_AGAIN = (
 
 # The kernels that run on a compute capability, the fastest first.
 ARCHITECTURES = {"8.0": (80,), "9.0": (90, 80)}
+
+# By the kind of a problem: the name that the library has for its kernels.
+KERNELS = {
+    Problem: "attention",
+    ScoringProblem: "selection",
+    PagedProblem: "paged_attention",
+    ExtremaProblem: "bounds",
+    BoundProblem: "bounds",
+}
+AnyProblem = Problem | ScoringProblem | PagedProblem | ExtremaProblem | BoundProblem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +132,7 @@ def _read_variants(text: str) -> tuple[Variant, ...]:
     return tuple(Variant(**entry | dict(kv_block_sizes=tuple(entry["kv_block_sizes"]))) for entry in json.loads(text))
 
 
-def architectures(problem: Problem | ScoringProblem) -> tuple[int, ...]:
+def architectures(problem: AnyProblem) -> tuple[int, ...]:
     """The kernels that may run on the problem's device, the fastest first."""
     able = ARCHITECTURES["9.0"] if problem.platform == "cpu" else ARCHITECTURES.get(problem.compute_capability, ())
     return tuple(arch for arch in able if asked_for() in ("", f"sm{arch}"))
@@ -119,9 +143,9 @@ def asked_for() -> str:
     return os.environ.get(ARCH, "")
 
 
-def variants_for(problem: Problem | ScoringProblem) -> list[Variant]:
+def variants_for(problem: AnyProblem) -> list[Variant]:
     """The compiled kernels for this kind of problem that run on its device, the fastest first."""
-    kernel = "attention" if isinstance(problem, Problem) else "selection"
+    kernel = KERNELS[type(problem)]
     variants = load(problem.platform)
     return [v for arch in architectures(problem) for v in variants if v.kernel == kernel and v.arch == arch]
 
@@ -131,12 +155,12 @@ def values_of(variant: Variant, field: str) -> tuple:
     return variant.kv_block_sizes if field == "kv_block_size" else (getattr(variant, field),)
 
 
-def is_for(variant: Variant, problem: Problem | ScoringProblem) -> bool:
+def is_for(variant: Variant, problem: AnyProblem) -> bool:
     sizes = (variant.dtype, variant.head_dim) == (problem.dtype, problem.head_dim)
-    return sizes and (isinstance(problem, ScoringProblem) or problem.kv_block_size in variant.kv_block_sizes)
+    return sizes and (not isinstance(problem, Problem) or problem.kv_block_size in variant.kv_block_sizes)
 
 
-def arch_for(problem: Problem | ScoringProblem) -> int:
+def arch_for(problem: AnyProblem) -> int:
     """Whose kernels run the problem, which must be supported: 80 or 90."""
     return next(variant.arch for variant in variants_for(problem) if is_for(variant, problem))
 
@@ -146,7 +170,7 @@ def custom_call(target: str) -> Callable[..., tuple[jax.Array, ...]]:
     return lambda arrays, outputs, attributes: jax.ffi.ffi_call(target, outputs)(*arrays, **attributes)
 
 
-def call_attributes(problem: Problem | ScoringProblem) -> dict[str, Any]:
+def call_attributes(problem: AnyProblem) -> dict[str, Any]:
     """The attributes that choose a compiled variant."""
     return dict(arch=np.int32(arch_for(problem)), seed=seed())
 

@@ -4,6 +4,7 @@ On a CPU they run in JAX's interpreter, inside `plgpu.force_gpu_interpret_mode`,
 """
 
 from sparse_attn_jax import jax_compat, planning
+from sparse_attn_jax.bound_problem import BoundProblem, ExtremaProblem
 from sparse_attn_jax.paged_problem import PagedProblem
 from sparse_attn_jax.planning import TilePlan, default_tile_size
 from sparse_attn_jax.problem import Problem
@@ -70,6 +71,18 @@ def supports_paged(problem: PagedProblem) -> tuple[str, ...]:
     """Reasons against attending over pages."""
     del problem
     return ("there is no kernel that reads pages",)
+
+
+def supports_extrema(problem: ExtremaProblem) -> tuple[str, ...]:
+    """Reasons against finding the extrema of blocks."""
+    del problem
+    return ("there is no kernel of extrema",)
+
+
+def supports_bounds(problem: BoundProblem) -> tuple[str, ...]:
+    """Reasons against selecting blocks by bounds."""
+    del problem
+    return ("there is no kernel of bounds",)
 
 
 def _reasons_of_device(problem: Problem | ScoringProblem) -> list[str]:

@@ -1,8 +1,11 @@
 """The portable implementation: pure XLA, any platform."""
 
 from sparse_attn_jax import planning
+from sparse_attn_jax.bound_problem import BoundProblem, ExtremaProblem
 from sparse_attn_jax.implementations.xla.attention_backward import backward as backward
 from sparse_attn_jax.implementations.xla.attention_forward import forward as forward
+from sparse_attn_jax.implementations.xla.bounds import find_extrema as find_extrema
+from sparse_attn_jax.implementations.xla.bounds import select_by_bounds as select_by_bounds
 from sparse_attn_jax.implementations.xla.paged_attention import attend_pages as attend_pages
 from sparse_attn_jax.implementations.xla.scoring import select_from_units as select_from_units
 from sparse_attn_jax.paged_problem import PagedProblem
@@ -33,5 +36,17 @@ def supports_scoring(problem: ScoringProblem) -> tuple[str, ...]:
 
 def supports_paged(problem: PagedProblem) -> tuple[str, ...]:
     """Reasons against attending over pages; none."""
+    del problem
+    return ()
+
+
+def supports_extrema(problem: ExtremaProblem) -> tuple[str, ...]:
+    """Reasons against finding the extrema of blocks; none."""
+    del problem
+    return ()
+
+
+def supports_bounds(problem: BoundProblem) -> tuple[str, ...]:
+    """Reasons against selecting blocks by bounds; none."""
     del problem
     return ()
