@@ -12,7 +12,9 @@ from typing import Any
 from unittest import mock
 
 from sparse_attn_jax import dispatch
+from sparse_attn_jax.bound_problem import BoundProblem, ExtremaProblem
 from sparse_attn_jax.implementations.cuda import library
+from sparse_attn_jax.paged_problem import PagedProblem
 from sparse_attn_jax.problem import SUPPORTED_DTYPES, Problem
 from sparse_attn_jax.scoring_problem import ScoringProblem
 
@@ -41,15 +43,47 @@ def selection(dtype: str, head_dim: int, block: int, *, platform: str, compute_c
     return ScoringProblem(head_dim=head_dim, dtype=dtype, unit_dtype=dtype, **blocks, **SIZES, **device)
 
 
+def paged_attention(dtype: str, head_dim: int, block: int, **device: str) -> PagedProblem:
+    pages = dict(num_pages=512, page_size=64, max_pages=64, selection_block_size=block, num_slots=16, selection_heads=2)
+    heads = dict(num_q_heads=16, num_kv_heads=2, head_dim=head_dim, value_head_dim=head_dim)
+    return PagedProblem(batch=1, q_len=1, dtype=dtype, scale=1.0, **heads, **pages, **device)
+
+
+def bounds(dtype: str, head_dim: int, block: int, **device: str) -> BoundProblem:
+    lists = dict(num_blocks=256, block_size=block, group="max", top_k=16)
+    heads = dict(num_q_heads=16, num_kv_heads=2, head_dim=head_dim)
+    return BoundProblem(batch=1, q_len=1, dtype=dtype, extrema_dtype=dtype, **heads, **lists, **device)
+
+
+def extrema(dtype: str, head_dim: int, block: int, **device: str) -> ExtremaProblem:
+    return ExtremaProblem(batch=1, num_kv_heads=2, head_dim=head_dim, dtype=dtype, block_size=block, kv_len=4096, **device)
+
+
+CALLS = {
+    "attention, forward and backward": attention,
+    "selection": selection,
+    "paged attention": paged_attention,
+    "Quest's bounds": bounds,
+    "extrema of blocks": extrema,
+}
+
+
 def rows() -> list[tuple[str, ...]]:
-    """The table. The CUDA kernels of the simulator are all that there are."""
+    """The table, a row for all calls that are alike but for what they do."""
+    calls = {}
+    for what, *others in rows_of_calls():
+        calls.setdefault(tuple(others), []).append(what)
+    return [(implementation, "; ".join(names), *rest) for (implementation, *rest), names in calls.items()]
+
+
+def rows_of_calls() -> list[tuple[str, ...]]:
+    """What is done, and the rest of the row. The CUDA kernels of the simulator are all that there are."""
     found = []
-    for what in (attention, selection):
-        name = f"{what.__name__}, forward and backward" if what is attention else what.__name__
-        found += [("`xla`", name, "any", *sizes, "CPU") for sizes in supported("xla", what, platform="cpu")]
+    for name, what in CALLS.items():
+        found += [(name, "`xla`", "any", *sizes, "CPU") for sizes in supported("xla", what, platform="cpu")]
         mosaic = supported("mosaic", what, platform="gpu", compute_capability="9.0")
         run = ", ".join(["CPU, interpreted", *(devices_of(["9.0"]) or [NO_GPU])])
-        found += [("`mosaic`", name, "GPU of 9.0", *sizes, run) for sizes in mosaic]
+        found += [(name, "`mosaic`", "GPU of 9.0", *sizes, run) for sizes in mosaic]
         for arch in library.ARCHITECTURES["9.0"]:
             capabilities = [able for able, folders in library.ARCHITECTURES.items() if arch in folders]
             simulator = os.environ.get(library.HOST_SIM) or "1"
@@ -57,7 +91,7 @@ def rows() -> list[tuple[str, ...]]:
                 kernels = supported("cuda", what, platform="cpu")
             run = ", ".join(["CPU, simulated", *(devices_of(capabilities) or [NO_GPU])])
             place = f"GPU of {', '.join(capabilities)}"
-            found += [(f"`cuda` (`csrc/sm{arch}`)", name, place, *sizes, run) for sizes in kernels]
+            found += [(name, f"`cuda` (`csrc/sm{arch}`)", place, *sizes, run) for sizes in kernels]
     return found
 
 
