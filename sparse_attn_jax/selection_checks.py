@@ -10,6 +10,8 @@ from sparse_attn_jax.problem import MAX_LENGTH
 from sparse_attn_jax.scoring_problem import GROUP_REDUCTIONS, POOLINGS, num_units
 from sparse_attn_jax.selection import num_blocks
 
+MAX_INT = 2**31 - 1
+
 KEY_AXES = ("batch", "kv_len", "num_kv_heads", "head_dim")
 QUERY_AXES = ("batch", "q_len", "num_q_heads", "head_dim")
 UNIT_AXES = ("batch", "num_units", "num_kv_heads", "head_dim")
@@ -19,6 +21,8 @@ SCORE_AXES = ("batch", "heads", "q_len", "num_kv_blocks")
 def check_int(name: str, value: object, minimum: int) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < minimum:
         raise ValueError(f"`{name}` is {value!r}; it must be an int of at least {minimum}.")
+    if value > MAX_INT:
+        raise ValueError(f"`{name}` is {value}; sizes and positions are int32, so it must be at most {MAX_INT}.")
 
 
 def check_bool(name: str, value: object) -> None:
@@ -43,6 +47,8 @@ def check_length(name: str, length: int) -> None:
 
 
 def check_array(name: str, array: jax.Array, axes: Sequence[str]) -> None:
+    if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+        raise ValueError(f"`{name}` is {array!r}; it must be an array [{', '.join(axes)}].")
     if array.ndim != len(axes):
         raise ValueError(f"`{name}` has shape {array.shape}; it must be [{', '.join(axes)}].")
     if not jnp.issubdtype(array.dtype, jnp.floating):

@@ -28,24 +28,26 @@ def require(condition: bool, name: str, found: Any, needed: str) -> None:
         raise ValueError(f"`{name}` is {describe(found)}; it must be {needed}.")
 
 
-def check_qkv(query: Any, key: Any, value: Any, *, packed: bool = False) -> None:
-    """Ranks, dtypes, heads and dims of query, key and value that must agree."""
+def check_qkv(
+    query: Any, key: Any, value: Any, *, packed: bool = False, names: Sequence[str] = ("query", "key", "value")
+) -> None:
+    """Ranks, dtypes, heads and dims of query, key and value that must agree; `names` are what the caller calls them."""
     axes = "[tokens, num_heads, head_dim]" if packed else "[batch, length, num_heads, head_dim]"
-    for name, x in (("query", query), ("key", key), ("value", value)):
+    for name, x in zip(names, (query, key, value), strict=True):
         require(is_array(x), name, x, f"an array {axes}")
         require(len(x.shape) == (3 if packed else 4), name, x, f"of shape {axes}")
         require(x.dtype.name in SUPPORTED_DTYPES, name, x, f"of dtype {', '.join(SUPPORTED_DTYPES)}")
         require(0 not in x.shape[-2:], name, x, "of at least one head and one dimension")
         if not packed:
             require(x.shape[1] <= MAX_LENGTH, name, x, f"at most {MAX_LENGTH} tokens long: positions are int32")
-            require(x.shape[0] == query.shape[0], name, x, f"of batch size {query.shape[0]}, as `query`")
-        require(x.dtype == query.dtype, name, x, f"of dtype {query.dtype}, as `query`")
-    require(key.shape[-1] == query.shape[-1], "key", key, f"of head_dim {query.shape[-1]}, as `query`")
-    require(value.shape[-2] == key.shape[-2], "value", value, f"of {key.shape[-2]} heads, as `key`")
-    require(value.shape[-3] == key.shape[-3], "value", value, f"of length {key.shape[-3]}, as `key`")
+            require(x.shape[0] == query.shape[0], name, x, f"of batch size {query.shape[0]}, as `{names[0]}`")
+        require(x.dtype == query.dtype, name, x, f"of dtype {query.dtype}, as `{names[0]}`")
+    require(key.shape[-1] == query.shape[-1], names[1], key, f"of head_dim {query.shape[-1]}, as `{names[0]}`")
+    require(value.shape[-2] == key.shape[-2], names[2], value, f"of {key.shape[-2]} heads, as `{names[1]}`")
+    require(value.shape[-3] == key.shape[-3], names[2], value, f"of length {key.shape[-3]}, as `{names[1]}`")
     num_kv_heads = key.shape[-2]
-    needed = f"of a multiple of {num_kv_heads} heads: `key` has {num_kv_heads}"
-    require(query.shape[-2] % num_kv_heads == 0, "query", query, needed)
+    needed = f"of a multiple of {num_kv_heads} heads: `{names[1]}` has {num_kv_heads}"
+    require(query.shape[-2] % num_kv_heads == 0, names[0], query, needed)
 
 
 def check_selection(selection: BlockSelection, *, batch: int, q_len: int | None, num_q_heads: int, num_kv_heads: int) -> None:

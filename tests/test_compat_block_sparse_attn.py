@@ -197,6 +197,13 @@ REFUSED = [
     (dict(exact_streaming=True), "`is_causal` is False"),
     (dict(max_seqlen_q_=299), "`max_seqlen_q_` is 299; it must be at least 300"),
     (dict(max_seqlen_k_=jnp.int32(300)), "`max_seqlen_k_` is"),
+    (dict(q=None), "`q` is None"),
+    (dict(k=jnp.ones((9, 3, 8))), "`v` is .* of 3 heads, as `k`"),
+    (dict(cu_seqlens_q=(0, 3)), r"`cu_seqlens_q` is \(0, 3\)"),
+    (dict(cu_seqlens_k=jnp.ones(3)), r"`cu_seqlens_k` is float32\[3\]"),
+    (dict(base_blockmask=True), "`base_blockmask` is True"),
+    (dict(is_causal=1), "`is_causal` is 1"),
+    (dict(softmax_scale="1"), "`softmax_scale` is '1'"),
 ]
 
 

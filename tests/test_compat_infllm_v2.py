@@ -328,6 +328,32 @@ def test_cache_rows_are_picked_and_lists_of_one_sequence_have_no_batch():
     assert_close(found, cache_oracle(q[:1], appended[:, 2:], [65], lists[None], causal=True)[0])
 
 
+def test_entries_that_are_no_page_have_no_keys():
+    """Nor has a length beyond the table: neither page 0 nor a neighbour's page is read in their place. Values are traced."""
+    lowest = np.iinfo(np.int32).min
+    table = np.array([[3, -1], [9, 2], [lowest, 1]], np.int32)
+    lengths, q_len, page_size = (16, 14, 40), 2, 8
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((3, q_len, 4, 8)).astype(np.float32)
+    pages = rng.standard_normal((2, 4, page_size, 2, 8)).astype(np.float32)
+    pages[:, 0] = np.nan
+    exists = (table >= 0) & (table < 4)
+    caches = np.where(exists[:, :, None, None, None], pages[:, np.where(exists, table, 0)], 0).reshape(2, 3, 16, 2, 8)
+    exists = exists.repeat(page_size, axis=1) & (np.arange(16) < np.array(lengths)[:, None])
+    mask = np.broadcast_to(exists[:, None, None], (3, 4, q_len, 16))
+    wanted = oracle.attention(mask, q, *caches)[0]
+
+    @compile_fast
+    def run(q, pages, table, lengths, bounds):
+        cached = infllmv2_attn_with_kvcache(q, *pages, cache_seqlens=lengths, block_table=table)
+        packed = infllmv2_attn_varlen_func(q.reshape(-1, 4, 8), *pages, *bounds, q_len, 16, block_table=table)
+        return cached, packed.reshape(cached.shape)
+
+    bounds = cumulative((q_len,) * 3), cumulative(lengths)
+    for found in run(q, pages, jnp.asarray(table), jnp.asarray(lengths, jnp.int32), bounds):
+        assert_close(found, wanted)
+
+
 def varlen_arguments():
     operands, lists, _ = attention_case(has_lists=True)
     names = dict(zip(("q", "k", "v"), operands, strict=True), topk_idx=lists)
@@ -338,6 +364,14 @@ def varlen_arguments():
 def stage1_arguments():
     inputs = stage1_inputs()
     return {name: x for name, x in inputs.items() if name != "keys"}
+
+
+def paged_arguments():
+    """16 pages of 16 keys, of which a sequence has at most 2."""
+    operands, _, _ = attention_case(has_lists=False)
+    pages = jnp.ones((16, 16, 2, 8))
+    bounds = dict(cu_seqlens_q=cumulative((70, 0)), cu_seqlens_k=cumulative((32, 3)), max_seqlen_q=70, max_seqlen_k=40)
+    return dict(q=operands[0][:70], k=pages, v=pages, **bounds, block_table=jnp.zeros((2, 2), jnp.int32))
 
 
 def cache_arguments():
@@ -376,11 +410,36 @@ REFUSED = [
     (infllmv2_attn_with_kvcache, cache_arguments, dict(cache_seqlens=None), "`cache_seqlens` is None"),
     (infllmv2_attn_with_kvcache, cache_arguments, dict(cache_seqlens=8), "`cache_seqlens` is 8; it must be at most 7"),
     (infllmv2_attn_with_kvcache, cache_arguments, dict(v=None), "`v` is None"),
+    (infllmv2_attn_stage1, stage1_arguments, dict(q=jnp.ones((2, 3))), r"`q` is float32\[2, 3\]"),
+    (infllmv2_attn_stage1, stage1_arguments, dict(v=jnp.ones((4, 1, 8))), r"`v` is float32\[4, 1, 8\]"),
+    (infllmv2_attn_stage1, stage1_arguments, dict(cu_seqlens_v=cumulative((1,))), r"`cu_seqlens_v` is int32\[2\]"),
+    (infllmv2_attn_stage1, stage1_arguments, dict(kv_lens=[1, 2]), r"`kv_lens` is \[1, 2\]"),
+    (infllmv2_attn_stage1, stage1_arguments, dict(softmax_scale="1"), "`softmax_scale` is '1'"),
+    (infllmv2_attn_varlen_func, varlen_arguments, dict(q=None), "`q` is None"),
+    (infllmv2_attn_varlen_func, varlen_arguments, dict(k=jnp.ones((9, 2, 7))), r"`k` is float32\[9, 2, 7\]"),
+    (infllmv2_attn_varlen_func, varlen_arguments, dict(v=jnp.ones((9, 2, 8))), r"`v` is float32\[9, 2, 8\]"),
+    (infllmv2_attn_varlen_func, varlen_arguments, dict(causal=1), "`causal` is 1"),
+    (infllmv2_attn_varlen_func, varlen_arguments, dict(softcap=-1.0), "`softcap` is -1.0"),
+    (infllmv2_attn_varlen_func, varlen_arguments, dict(softmax_scale=True), "`softmax_scale` is True"),
+    (infllmv2_attn_varlen_func, varlen_arguments, dict(cu_seqlens_q=[0, 3]), r"`cu_seqlens_q` is \[0, 3\]"),
+    (infllmv2_attn_varlen_func, varlen_arguments, dict(cu_seqlens_k=cumulative((9,))), r"`cu_seqlens_k` is int32\[2\]"),
+    (infllmv2_attn_varlen_func, paged_arguments, dict(block_table=jnp.ones((3, 2), jnp.int32)), r"`block_table` is int32\[3"),
+    (infllmv2_attn_varlen_func, paged_arguments, dict(cu_seqlens_k=cumulative((33, 3))), "`cu_seqlens_k` .*no room for 33"),
+    (infllmv2_attn_varlen_func, paged_arguments, dict(v=jnp.ones((16, 8, 2, 8))), r"`v` is float32\[16, 8, 2, 8\]"),
+    (infllmv2_attn_with_kvcache, cache_arguments, dict(q=jnp.ones((2, 3, 8))), r"`q` has shape \(2, 3, 8\)"),
+    (infllmv2_attn_with_kvcache, cache_arguments, dict(q=jnp.ones((2, 1, 3, 8))), r"`q` is .* multiple of 2 heads: `k_cache`"),
+    (infllmv2_attn_with_kvcache, cache_arguments, dict(k_cache=jnp.ones((2, 8, 2, 7))), "`k_cache` is"),
+    (infllmv2_attn_with_kvcache, cache_arguments, dict(v_cache=jnp.ones((2, 9, 2, 8))), "`v_cache` is"),
+    (infllmv2_attn_with_kvcache, cache_arguments, dict(k=jnp.ones((2, 1, 1, 8))), "`k` is"),
+    (infllmv2_attn_with_kvcache, cache_arguments, dict(v=jnp.ones((2, 2, 2, 8))), "`v` is .* 1 new tokens"),
+    (infllmv2_attn_with_kvcache, cache_arguments, dict(cache_seqlens=2.5), "`cache_seqlens` is 2.5"),
+    (infllmv2_attn_with_kvcache, cache_arguments, dict(block_table=jnp.ones((2, 1))), r"`block_table` is float32\[2, 1\]"),
+    (infllmv2_attn_with_kvcache, cache_arguments, dict(cache_batch_idx=jnp.ones(3, jnp.int32)), "`cache_batch_idx` is"),
     (
         max_pooling_1d,
         lambda: dict(input=jnp.ones((1, 2, 3)), cache_len=60, local_blocks=1, init_blocks=1),
         dict(stride=24),
-        "`bl",
+        "`block_size` is 64; it must be a multiple of `stride`, 24",
     ),
 ]
 

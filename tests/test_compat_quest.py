@@ -168,6 +168,15 @@ def test_absent_blocks_do_not_outdo_negative_scores():
     np.testing.assert_array_equal(found, [[[0, 1]] * NUM_KV_HEADS])
 
 
+def test_a_negative_length_is_an_empty_request():
+    shape = (1, 4, 1, 8)
+    metadata = jnp.ones(shape), jnp.ones(shape), jnp.zeros((2, 1), jnp.int32)
+    lengths = jnp.asarray([np.iinfo(np.int32).min, -5], jnp.int32)
+    select = compile_fast(lambda *arrays: quest_block_select_paged_w(*arrays, 4))
+    found = select(jnp.ones((2, 2, 8)), *metadata, lengths, jnp.int32(0))
+    np.testing.assert_array_equal(found, np.full((2, 1, 4), -1))
+
+
 def select_arguments():
     keys = make_pages((9, 5))[2]
     high, low, table = make_metadata(keys, (9, 5), 1)
@@ -181,6 +190,9 @@ REFUSED = [
     (dict(minblocks=jnp.ones((3, 4, 2, 8))), "`minblocks` is"),
     (dict(metadata_block_tables=jnp.ones((3, 1), jnp.int32)), "`metadata_block_tables` is"),
     (dict(seq_lens=jnp.ones(2)), "`seq_lens` is float32"),
+    (dict(seq_lens=[9, 5]), r"`seq_lens` is \[9, 5\]"),
+    (dict(query=None), "`query` is None"),
+    (dict(minblocks=jnp.ones((1, 4, 2, 8), jnp.bfloat16)), "`minblocks` is bfloat16"),
     (dict(k=0), "`k` is 0"),
     (dict(k=1), "`k` is 1; it must be at least 2"),
     (dict(k=2, tokens_since_metadata_update=3), "`k` is 2; it must be at least 3"),
@@ -203,5 +215,8 @@ def test_wrong_outputs_and_caches_are_refused():
     with pytest.raises(ValueError, match="`selected_indices` is"):
         quest_block_select_paged_in_out(**call, selected_indices=jnp.zeros((2, 3, 8), jnp.int32))
     cache, table = jnp.ones((2, 8, 2, 8)), jnp.zeros((2, 1), jnp.int32)
+    with pytest.raises(ValueError, match="`maxblocks` is bfloat16.*as `k_cache`"):
+        halves = (x.astype(jnp.bfloat16) for x in (cache, cache))
+        quest_prefill_metadata(cache, table, call["seq_lens"], table, *halves)
     with pytest.raises(ValueError, match="`maxblocks` is"):
         quest_prefill_metadata(cache, table, call["seq_lens"], table, call["maxblocks"], call["minblocks"])

@@ -173,7 +173,13 @@ REFUSED = [
     (dict(max_seqlen=49), "`max_seqlen` is 49; it must be at most 48"),
     (dict(sparse_layout=None), "`sparse_layout` is None"),
     (dict(sparse_layout=tuple(x[:, :3] for x in layout(48))), "`max_seqlen` is 32; it must be at least 33"),
+    (dict(sparse_layout=tuple(x[:3] for x in layout(48))), "`sparse_layout` is .* of 1 or 2 or 4 heads"),
+    (dict(sparse_layout=tuple(x[0] for x in layout(48))), "`sparse_layout` is"),
     (dict(q_block_size=0), "`q_block_size` is 0"),
+    (dict(k=None), "`k` is None"),
+    (dict(cu_seqlens_k=jnp.ones(3)), r"`cu_seqlens_k` is float32\[3\]"),
+    (dict(cu_seqlens_q=cumulative((53,))), r"`cu_seqlens_q` is int32\[2\]"),
+    (dict(sm_scale="1"), "`sm_scale` is '1'"),
     (dict(q=jnp.ones((3, 4, 8))), "`cu_seqlens_q` is None"),
 ]
 

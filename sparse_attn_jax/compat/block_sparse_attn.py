@@ -6,19 +6,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparse_attn_jax import selection_checks as checks
 from sparse_attn_jax.api import block_sparse_attention_varlen
 from sparse_attn_jax.compat.conventions import (
+    QKV,
     check_dropout,
     check_flag,
     check_max_length,
+    check_sequences,
     empty_rows_to_infinity,
     known,
     pad_rows,
     pad_sequences,
+    scale_of,
 )
 from sparse_attn_jax.problem import MAX_LENGTH
 from sparse_attn_jax.selection import BlockSelection, num_blocks
-from sparse_attn_jax.validation import require
+from sparse_attn_jax.validation import check_qkv, is_array, require
 
 BLOCK_SIZE = 128
 DENSE, STREAMING, BLOCK_MASK = 0, -1, 1
@@ -89,12 +93,18 @@ def block_sparse_attn_func(
     """
     check_dropout("p_dropout", p_dropout)
     check_flag("deterministic", deterministic)
+    flags = dict(is_causal=is_causal, exact_streaming=exact_streaming, return_attn_probs=return_attn_probs)
+    for name, flag in flags.items():
+        checks.check_bool(name, flag)
+    softmax_scale = scale_of(softmax_scale)
+    check_qkv(q, k, v, packed=True, names=QKV)
+    batch = check_sequences(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     for name, bounds, max_length in (("q", cu_seqlens_q, max_seqlen_q_), ("k", cu_seqlens_k, max_seqlen_k_)):
         check_max_length(f"max_seqlen_{name}_", max_length, bounds)
     require(is_causal or not exact_streaming, "is_causal", is_causal, "True with exact streaming, which looks back only")
     kinds = _head_kinds(head_mask_type, q.shape[1])
     sinks, local = _streaming_counts(streaming_info, kinds)
-    masked = _masked_heads(base_blockmask, kinds, cu_seqlens_q.shape[0] - 1, max_seqlen_q_, max_seqlen_k_)
+    masked = _masked_heads(base_blockmask, kinds, batch, max_seqlen_q_, max_seqlen_k_)
 
     window = dict(local_window_size=None, num_sinks=0)
     if exact_streaming and (kinds == STREAMING).any():
@@ -229,7 +239,8 @@ def _masked_heads(base_blockmask, kinds: np.ndarray, batch: int, max_q: int, max
         return None
     shape = (batch, num_masked, num_blocks(max_q, BLOCK_SIZE), num_blocks(max_k, BLOCK_SIZE))
     needed = f"{list(shape)}: batch, heads of type 1, and blocks of {BLOCK_SIZE} of the longest sequences"
-    require(tuple(base_blockmask.shape) == shape, "base_blockmask", base_blockmask, needed)
+    is_mask = is_array(base_blockmask) and tuple(base_blockmask.shape) == shape
+    require(is_mask, "base_blockmask", base_blockmask, needed)
     return base_blockmask != 0
 
 

@@ -6,8 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparse_attn_jax import selection_checks as checks
+from sparse_attn_jax.problem import MAX_LENGTH, SUPPORTED_DTYPES
 from sparse_attn_jax.selection import num_blocks
-from sparse_attn_jax.validation import require
+from sparse_attn_jax.validation import is_array, require, static_float
+
+QKV = ("q", "k", "v")
 
 
 def known(x: Any) -> np.ndarray | None:
@@ -30,10 +34,45 @@ def check_absent(why: str, **arguments: Any) -> None:
         require(value is None, name, value, f"None: {why}")
 
 
+def check_packed(name: str, x: Any) -> None:
+    checks.check_array(name, x, ("tokens", "num_heads", "head_dim"))
+
+
+def check_sequences(**bounds: Any) -> int:
+    """Where packed sequences start, and the end: int32 [batch + 1] each. Returns the batch."""
+    first = next(iter(bounds))
+    for name, x in bounds.items():
+        is_list = is_array(x) and x.dtype == jnp.int32 and len(x.shape) == 1 and x.shape[0] >= 2
+        require(is_list, name, x, "int32 [batch + 1], of at least one sequence")
+        require(x.shape == bounds[first].shape, name, x, f"of length {bounds[first].shape[0]}, as `{first}`")
+    return bounds[first].shape[0] - 1
+
+
+def check_pages(q: jax.Array, **caches: Any) -> None:
+    """Keys and values [num_pages, page_size, num_heads_k, head_dim] that fit the queries [..., num_heads, head_dim]."""
+    (key_name, keys), (value_name, values) = caches.items()
+    require(q.dtype.name in SUPPORTED_DTYPES, "q", q, f"of dtype {', '.join(SUPPORTED_DTYPES)}")
+    for name, x in caches.items():
+        checks.check_array(name, x, ("num_pages", "page_size", "num_heads_k", "head_dim"))
+        require(x.dtype == q.dtype, name, x, f"of dtype {q.dtype}, as `q`")
+        require(0 not in x.shape, name, x, "[num_pages, page_size, num_heads_k, head_dim], none of them 0")
+    require(keys.shape[3] == q.shape[-1], key_name, keys, f"of head_dim {q.shape[-1]}, as `q`")
+    needed = f"of shape {[*keys.shape[:3], 'head_dim']}, as `{key_name}`"
+    require(values.shape[:3] == keys.shape[:3], value_name, values, needed)
+    num_heads_k = keys.shape[2]
+    is_multiple = q.shape[-2] > 0 and q.shape[-2] % num_heads_k == 0
+    require(is_multiple, "q", q, f"of a multiple of {num_heads_k} heads: `{key_name}` has {num_heads_k}")
+
+
+def check_table(name: str, x: Any, batch: int) -> None:
+    is_table = is_array(x) and x.dtype == jnp.int32 and len(x.shape) == 2 and x.shape[0] == batch and x.shape[1] > 0
+    require(is_table, name, x, f"int32 [{batch}, pages of a sequence], at least one")
+
+
 def check_max_length(name: str, max_length: int, cu_seqlens: jax.Array) -> None:
     """A static bound on the lengths, which is compared with them where they are known."""
     is_int = isinstance(max_length, int | np.integer) and not isinstance(max_length, bool)
-    require(is_int and max_length >= 0, name, max_length, "an int of at least 0, known while tracing")
+    require(is_int and 0 <= max_length <= MAX_LENGTH, name, max_length, f"an int in [0, {MAX_LENGTH}], known while tracing")
     bounds = known(cu_seqlens)
     if bounds is not None and bounds.size > 1:
         longest = int(np.diff(bounds).max())
@@ -49,9 +88,15 @@ def window_of(window_size: tuple[int, int]) -> tuple[int | None, int | None] | N
     return None if left is None and right is None else (left, right)
 
 
+def scale_of(softmax_scale: float | None, name: str = "softmax_scale") -> float | None:
+    return None if softmax_scale is None else static_float(name, softmax_scale)
+
+
 def soft_cap_of(softcap: float) -> float | None:
     """0.0 is no cap."""
-    return None if softcap == 0 else softcap
+    cap = static_float("softcap", softcap)
+    require(cap >= 0, "softcap", softcap, "at least 0.0, which is no cap")
+    return None if cap == 0 else cap
 
 
 def empty_rows_to_infinity(lse: jax.Array) -> jax.Array:
@@ -68,11 +113,11 @@ def pad_sequences(x: jax.Array, cu_seqlens: jax.Array, max_length: int, fill: fl
     return jnp.take(x, token, axis=0, mode="fill", fill_value=fill)
 
 
-def pack_sequences(x: jax.Array, cu_seqlens: jax.Array, num_tokens: int) -> jax.Array:
-    """[num_sequences, max_length, ...] -> packed tokens [num_tokens, ...], zeros for tokens of no sequence."""
+def pack_sequences(x: jax.Array, cu_seqlens: jax.Array, num_tokens: int, fill: float = 0) -> jax.Array:
+    """[num_sequences, max_length, ...] -> packed tokens [num_tokens, ...], `fill` for tokens of no sequence."""
     sequence, position = locate_tokens(cu_seqlens, num_tokens)
     row = jnp.where(position < x.shape[1], sequence * x.shape[1] + position, x.shape[0] * x.shape[1])
-    return jnp.take(x.reshape(-1, *x.shape[2:]), row, axis=0, mode="fill", fill_value=0)
+    return jnp.take(x.reshape(-1, *x.shape[2:]), row, axis=0, mode="fill", fill_value=fill)
 
 
 def locate_tokens(cu_seqlens: jax.Array, num_tokens: int) -> tuple[jax.Array, jax.Array]:

@@ -4,27 +4,34 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sparse_attn_jax import selection_checks as checks
 from sparse_attn_jax.api import block_sparse_attention, block_sparse_attention_varlen
 from sparse_attn_jax.compat.conventions import (
+    QKV,
     check_absent,
     check_dropout,
     check_flag,
     check_max_length,
+    check_packed,
+    check_pages,
+    check_sequences,
+    check_table,
     empty_rows_to_infinity,
     known,
     pack_sequences,
     pad_sequences,
+    scale_of,
     soft_cap_of,
     window_of,
 )
 from sparse_attn_jax.paged_attention import paged_block_sparse_attention
-from sparse_attn_jax.paged_cache import PagedKVCache
+from sparse_attn_jax.paged_cache import PagedKVCache, load
 from sparse_attn_jax.query_chunks import map_chunks
 from sparse_attn_jax.selection import BlockSelection, num_blocks
 from sparse_attn_jax.selectors.dense import select_every_block
-from sparse_attn_jax.validation import check_qkv, require
+from sparse_attn_jax.validation import check_integers, check_qkv, is_array, require
 
 BLOCK_SIZE = 64
 KERNEL_SIZE, KERNEL_STRIDE = 32, 16
@@ -105,13 +112,17 @@ def infllmv2_attn_stage1(
     require(softcap == 0, "softcap", softcap, "0.0: stage 1 has no soft cap")
     require(return_attn_probs is True, "return_attn_probs", return_attn_probs, "True: the scores are what is returned")
     checks.check_bool("causal", causal)
-    check_qkv(q, k, k, packed=True)
-    check_qkv(q, v, v, packed=True)
+    softmax_scale = scale_of(softmax_scale)
+    check_qkv(q, k, k, packed=True, names=("q", "k", "k"))
+    check_qkv(q, v, v, packed=True, names=("q", "v", "v"))
+    require(v.shape[1] == k.shape[1], "v", v, f"of {k.shape[1]} heads, as `k`")
+    batch = check_sequences(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, cu_seqlens_v=cu_seqlens_v)
     check_max_length("max_seqlen_q", max_seqlen_q, cu_seqlens_q)
     check_max_length("max_seqlen_k", max_seqlen_k, cu_seqlens_k)
     num_heads_k, total_q = k.shape[1], q.shape[0]
     if kv_lens is not None:
-        require(kv_lens.shape == cu_seqlens_q[1:].shape, "kv_lens", kv_lens, f"integers [{cu_seqlens_q.shape[0] - 1}]")
+        is_list = is_array(kv_lens) and jnp.issubdtype(kv_lens.dtype, jnp.integer) and kv_lens.shape == (batch,)
+        require(is_list, "kv_lens", kv_lens, f"integers [batch] = [{batch}]")
     if 0 in (max_seqlen_q, max_seqlen_k):
         return jnp.zeros((num_heads_k, total_q, max_seqlen_k), jnp.float32)
 
@@ -240,7 +251,8 @@ def infllmv2_attn_varlen_func(
       alibi_slopes: `None`.
       deterministic: either value; gradients always are.
       return_attn_probs: also return lse, and `None` for the matrix that the original fills only with dropout.
-      block_table: int32 [batch, pages of a sequence], which pages hold its keys. Any page size will do; the keys are copied.
+      block_table: int32 [batch, pages of a sequence], which pages hold its keys. Any page size will do; the keys are copied. An
+        entry that is no page has no keys.
       topk_idx: int32 [num_heads_k, total_q, blocks], ids of blocks within each query's sequence, -1 for none, in any order.
         `None` is all blocks.
 
@@ -256,26 +268,38 @@ def infllmv2_attn_varlen_func(
     check_dropout("dropout_p", dropout_p)
     check_flag("deterministic", deterministic)
     check_absent("the op has no bias by query and key", alibi_slopes=alibi_slopes)
+    checks.check_bool("causal", causal)
+    check_packed("q", q)
+    if block_table is None:
+        check_qkv(q, k, v, packed=True, names=QKV)
+    else:
+        check_pages(q, k=k, v=v)
+    num_sequences = check_sequences(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     check_max_length("max_seqlen_q", max_seqlen_q, cu_seqlens_q)
     check_max_length("max_seqlen_k", max_seqlen_k, cu_seqlens_k)
-    if block_table is not None:
-        k, v = (_read_pages(pages, block_table) for pages in (k, v))
-        cu_seqlens_q, cu_seqlens_k = _bounds_of_pages(cu_seqlens_q, cu_seqlens_k, k.shape[1])
-        k, v = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
-    if topk_idx is None:
-        selection = _every_block(q.shape[0], cu_seqlens_q.shape[0] - 1, max_seqlen_k)
-    else:
-        shape = (k.shape[1], q.shape[0])
-        is_list = topk_idx.ndim == 3 and topk_idx.shape[:2] == shape and topk_idx.dtype == jnp.int32
+    if topk_idx is not None:
+        shape = (k.shape[-2], q.shape[0])
+        is_list = is_array(topk_idx) and len(topk_idx.shape) == 3 and topk_idx.shape[:2] == shape
+        is_list = is_list and topk_idx.dtype == jnp.int32
         require(is_list, "topk_idx", topk_idx, f"int32 [num_heads_k, total_q, blocks] = {[*shape, 'blocks']}")
-        selection = BlockSelection(topk_idx[None], q_block_size=1, kv_block_size=BLOCK_SIZE)
-    options = dict(is_causal=causal, local_window_size=window_of(window_size), scale=softmax_scale)
-    options |= dict(logits_soft_cap=soft_cap_of(softcap), return_residual=return_attn_probs)
-    result = block_sparse_attention_varlen(q, k, v, selection, cu_seqlens_q, cu_seqlens_k, **options)
-    if not return_attn_probs:
-        return result
-    out, lse = result
-    return out, empty_rows_to_infinity(lse).T, None
+    options = dict(local_window_size=window_of(window_size), scale=scale_of(softmax_scale))
+    options |= dict(logits_soft_cap=soft_cap_of(softcap), return_residual=True)
+    if block_table is not None:
+        check_table("block_table", block_table, num_sequences)
+        _check_fits(cu_seqlens_k, block_table.shape[1] * k.shape[1])
+        queries = pad_sequences(q, cu_seqlens_q, max_seqlen_q)
+        lists = None if topk_idx is None else _lists_by_sequence(topk_idx, cu_seqlens_q, max_seqlen_q)
+        lengths = jnp.diff(cu_seqlens_q), jnp.diff(cu_seqlens_k)
+        results = _attend_copy(queries, k, v, block_table, *lengths, lists, causal, **options)
+        out, lse = (pack_sequences(x, cu_seqlens_q, q.shape[0], fill) for x, fill in zip(results, (0, -jnp.inf)))
+    else:
+        if topk_idx is None:
+            selection = _every_block(q.shape[0], num_sequences, max_seqlen_k)
+        else:
+            selection = BlockSelection(topk_idx[None], q_block_size=1, kv_block_size=BLOCK_SIZE)
+        bounds = cu_seqlens_q, cu_seqlens_k
+        out, lse = block_sparse_attention_varlen(q, k, v, selection, *bounds, is_causal=causal, **options)
+    return (out, empty_rows_to_infinity(lse).T, None) if return_attn_probs else out
 
 
 def infllmv2_attn_with_kvcache(
@@ -317,9 +341,10 @@ def infllmv2_attn_with_kvcache(
       v: as k, given together with it.
       rotary_cos, rotary_sin: `None`.
       cache_seqlens: an int, or int32 [batch]: keys in the cache before `k`. `None`, only without `k`, is all of them.
-      cache_batch_idx: int32 [batch], the row of the cache for each of the batch. Default: the same one.
+      cache_batch_idx: int32 [batch], the row of the cache for each of the batch; a row that is none has no keys. Default: the
+        same one.
       cache_leftpad: `None`.
-      block_table: int32 [batch, pages of a sequence], which pages hold its keys.
+      block_table: int32 [batch, pages of a sequence], which pages hold its keys; an entry that is no page has no keys.
       softmax_scale: multiplies q . k. `None` is head_dim ** -0.5.
       causal: query i sees key j if j <= i + (keys after appending) - seqlen_q.
       window_size: (left, right) tokens around that diagonal, -1 for no bound.
@@ -348,17 +373,25 @@ def infllmv2_attn_with_kvcache(
     require((k is None) == (v is None), "v", v, "given together with `k`")
     both = cache_batch_idx is not None and block_table is not None
     require(not both, "cache_batch_idx", cache_batch_idx, "None with `block_table`")
+    checks.check_array("q", q, ("batch", "seqlen_q", "num_heads", "head_dim"))
+    check_pages(q, k_cache=k_cache, v_cache=v_cache)
     batch, seqlen_q = q.shape[:2]
+    if k is not None:
+        _check_new(batch, k, v, k_cache, v_cache)
     if block_table is None:
-        block_table = (jnp.arange(batch, dtype=jnp.int32) if cache_batch_idx is None else cache_batch_idx)[:, None]
+        rows = jnp.arange(batch, dtype=jnp.int32) if cache_batch_idx is None else cache_batch_idx
+        is_list = is_array(rows) and rows.dtype == jnp.int32 and rows.shape == (batch,)
+        require(is_list, "cache_batch_idx", rows, f"int32 [batch] = [{batch}]")
+        block_table = rows[:, None]
+    check_table("block_table", block_table, batch)
     page_size = k_cache.shape[1]
     lengths = _cache_lengths(cache_seqlens, batch, block_table.shape[1] * page_size, None if k is None else k.shape[1])
     cache = PagedKVCache(k_cache, v_cache, block_table, lengths)
     cache = cache if k is None else cache.append(k, v)
     lists = None if topk_idx is None else _cache_lists(topk_idx, (batch, k_cache.shape[2], seqlen_q))
 
-    options = dict(local_window_size=window_of(window_size), scale=softmax_scale, logits_soft_cap=soft_cap_of(softcap))
-    options |= dict(return_residual=True)
+    options = dict(local_window_size=window_of(window_size), scale=scale_of(softmax_scale))
+    options |= dict(logits_soft_cap=soft_cap_of(softcap), return_residual=True)
     divides = page_size % BLOCK_SIZE == 0 or BLOCK_SIZE % page_size == 0
     # A last query sees all keys, so that a single one need not be told.
     if (causal or seqlen_q == 1) and (divides or lists is None):
@@ -367,44 +400,85 @@ def infllmv2_attn_with_kvcache(
         out, lse = paged_block_sparse_attention(q, *pages, lists, **options)
     else:
         require(num_splits in (0, 1), "num_splits", num_splits, "0 or 1: keys that are read densely are not split")
-        out, lse = _attend_copy(q, cache, lists, causal or seqlen_q == 1, **options)
+        pages = cache.key_pages, cache.value_pages, cache.block_tables
+        out, lse = _attend_copy(q, *pages, seqlen_q, cache.lengths, lists, causal or seqlen_q == 1, **options)
     results = (out, *((empty_rows_to_infinity(lse).swapaxes(1, 2),) if return_softmax_lse else ()))
     results += () if k is None else (cache.key_pages, cache.value_pages)
     return results if len(results) > 1 else out
 
 
+def _check_new(batch: int, k: Any, v: Any, k_cache: jax.Array, v_cache: jax.Array) -> None:
+    """What is appended fits the caches."""
+    for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
+        shape = [batch, "seqlen_new", *cache.shape[2:]]
+        fits = is_array(x) and len(x.shape) == 4 and x.dtype == cache.dtype
+        fits = fits and [x.shape[0], "seqlen_new", *x.shape[2:]] == shape
+        require(fits, name, x, f"{cache.dtype}{shape}, as `{name}_cache`")
+    require(v.shape[1] == k.shape[1], "v", v, f"of {k.shape[1]} new tokens, as `k`")
+
+
 def _cache_lengths(cache_seqlens: int | jax.Array | None, batch: int, capacity: int, num_new: int | None) -> jax.Array:
     """Keys of each sequence before the new ones: int32 [batch]."""
+    if cache_seqlens is not None:
+        check_integers("cache_seqlens", cache_seqlens, (batch,))
     if num_new is not None:
         require(cache_seqlens is not None, "cache_seqlens", None, "given with `k`: it says where to append")
         lengths, most = known(cache_seqlens), capacity - num_new
         fits = lengths is None or int(lengths.max(initial=0)) <= most
         require(fits, "cache_seqlens", cache_seqlens, f"at most {most}: the cache has room for {capacity} keys")
     lengths = jnp.asarray(capacity if cache_seqlens is None else cache_seqlens, jnp.int32)
-    require(lengths.shape in ((), (batch,)), "cache_seqlens", cache_seqlens, f"an int or integers [{batch}]")
     return jnp.broadcast_to(lengths, (batch,))
 
 
 def _cache_lists(topk_idx: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+    needed = f"int32 [batch, num_heads_k, seqlen_q, blocks] = {[*shape, 'blocks']}"
+    require(is_array(topk_idx), "topk_idx", topk_idx, needed)
     lists = topk_idx[None] if topk_idx.ndim == 3 and shape[0] == 1 else topk_idx
     is_list = lists.ndim == 4 and lists.shape[:3] == shape and lists.dtype == jnp.int32
-    require(is_list, "topk_idx", topk_idx, f"int32 [batch, num_heads_k, seqlen_q, blocks] = {[*shape, 'blocks']}")
+    require(is_list, "topk_idx", topk_idx, needed)
     return lists
 
 
-def _attend_copy(q: jax.Array, cache: PagedKVCache, lists: jax.Array | None, causal: bool, **options) -> tuple:
-    """Attention to a dense copy of the keys, for what the paged op does not do: queries that see later keys, odd pages."""
+def _check_fits(cu_seqlens_k: jax.Array, capacity: int) -> None:
+    """No sequence is longer than its row of the table, where that is known; otherwise the keys beyond do not exist."""
+    bounds = known(cu_seqlens_k)
+    longest = 0 if bounds is None else int(np.diff(bounds).max())
+    needed = f"of sequences of at most {capacity} keys: `block_table` has no room for {longest}"
+    require(longest <= capacity, "cu_seqlens_k", cu_seqlens_k, needed)
+
+
+def _lists_by_sequence(topk_idx: jax.Array, cu_seqlens_q: jax.Array, max_seqlen_q: int) -> jax.Array:
+    """[num_heads_k, total_q, blocks] -> [batch, num_heads_k, max_seqlen_q, blocks], empty past a sequence's end."""
+    return pad_sequences(topk_idx.swapaxes(0, 1), cu_seqlens_q, max_seqlen_q, fill=-1).swapaxes(1, 2)
+
+
+def _attend_copy(
+    q: jax.Array,
+    key_pages: jax.Array,
+    value_pages: jax.Array,
+    block_tables: jax.Array,
+    q_lens: int | jax.Array,
+    kv_lens: jax.Array,
+    lists: jax.Array | None,
+    causal: bool,
+    **options: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention to a dense copy of the keys, for what the paged op does not do: queries that see later keys, odd pages.
+
+    Args:
+      q: [batch, seqlen_q, num_heads, head_dim], of which the first `q_lens` are queries, the last of `kv_lens` keys.
+      lists: int32 [batch, num_heads_k, seqlen_q, blocks], or `None` for all blocks.
+    """
     batch, seqlen_q = q.shape[:2]
-    keys, values = (_read_pages(pages, cache.block_tables) for pages in (cache.key_pages, cache.value_pages))
-    if not causal:
-        past_end = jnp.arange(keys.shape[1], dtype=jnp.int32) >= cache.lengths[:, None]
-        options |= dict(query_segment_ids=jnp.zeros((batch, seqlen_q), jnp.int32))
-        options |= dict(key_value_segment_ids=past_end.astype(jnp.int32))
+    keys, values = (_read_pages(pages, block_tables) for pages in (key_pages, value_pages))
+    has_page = _find_pages(block_tables, key_pages.shape[0]) < key_pages.shape[0]
+    exists = has_page.repeat(key_pages.shape[1], axis=1) & (jnp.arange(keys.shape[1], dtype=jnp.int32) < kv_lens[:, None])
+    options |= dict(query_segment_ids=jnp.ones((batch, seqlen_q), jnp.int32), key_value_segment_ids=exists.astype(jnp.int32))
     if lists is None:
         selection = select_every_block(seqlen_q, keys.shape[1], BLOCK_SIZE)
     else:
         selection = BlockSelection(lists, q_block_size=1, kv_block_size=BLOCK_SIZE)
-    return block_sparse_attention(q, keys, values, selection, is_causal=causal, q_offset=cache.lengths - seqlen_q, **options)
+    return block_sparse_attention(q, keys, values, selection, is_causal=causal, q_offset=kv_lens - q_lens, **options)
 
 
 def _every_block(num_tokens: int, num_sequences: int, max_kv_len: int) -> BlockSelection:
@@ -415,15 +489,12 @@ def _every_block(num_tokens: int, num_sequences: int, max_kv_len: int) -> BlockS
     return BlockSelection(indices, q_block_size=BLOCK_SIZE, kv_block_size=BLOCK_SIZE)
 
 
-def _read_pages(pages: jax.Array, block_table: jax.Array) -> jax.Array:
-    """[num_pages, page_size, ...] and [batch, count] -> [batch, count * page_size, ...]; ids out of range read some page."""
-    x = jnp.take(pages, block_table, axis=0, mode="clip")
-    return x.reshape(x.shape[0], -1, *pages.shape[2:])
+def _read_pages(pages: jax.Array, block_tables: jax.Array) -> jax.Array:
+    """[num_pages, page_size, ...] and [batch, count] -> [batch, count * page_size, ...], zeros where there is no page."""
+    x = load(pages, (_find_pages(block_tables, pages.shape[0]),))
+    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *pages.shape[2:])
 
 
-def _bounds_of_pages(cu_seqlens_q: jax.Array, cu_seqlens_k: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
-    """Bounds where the keys of each sequence start at a multiple of `capacity`: a sequence without queries fills each gap."""
-    starts = jnp.arange(cu_seqlens_k.shape[0], dtype=jnp.int32) * capacity
-    ends = starts[:-1] + jnp.diff(cu_seqlens_k)
-    cu_seqlens_k = jnp.append(jnp.stack([starts[:-1], ends], axis=1).ravel(), starts[-1])
-    return jnp.repeat(cu_seqlens_q, 2)[1:], cu_seqlens_k
+def _find_pages(block_tables: jax.Array, num_pages: int) -> jax.Array:
+    """The tables with `num_pages` for no page."""
+    return jnp.where((block_tables >= 0) & (block_tables < num_pages), block_tables, num_pages)

@@ -1,6 +1,7 @@
 """`select_attn_ops` for Ascend: Quest's extrema of keys by block, kept in pages, and the choice of blocks for decoding."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from sparse_attn_jax.block_top_k import list_highest
 from sparse_attn_jax.page_tables import look_up
 from sparse_attn_jax.quest_metadata import QuestMetadata
 from sparse_attn_jax.selection import num_blocks
-from sparse_attn_jax.validation import require
+from sparse_attn_jax.validation import is_array, require
 
 METADATA_AXES = ("num_meta_blocks", "block_size", "num_kv_heads", "head_dim")
 
@@ -47,10 +48,10 @@ def quest_prefill_metadata(
       ValueError: an argument is wrong; the message names it.
     """
     checks.check_array("k_cache", k_cache, ("num_kv_blocks", "block_size", "num_kv_heads", "head_dim"))
-    _check_metadata(maxblocks, minblocks, *k_cache.shape[1:])
-    block_size, batch = k_cache.shape[1], seq_lens.shape[0]
+    _check_metadata(maxblocks, minblocks, *k_cache.shape[1:], like="k_cache", dtype=k_cache.dtype)
+    block_size = k_cache.shape[1]
     tables = dict(block_tables=block_tables, metadata_block_tables=metadata_block_tables)
-    _check_tables(batch, **tables, seq_lens=seq_lens)
+    seq_lens = _check_tables(None, **tables, seq_lens=seq_lens)
     page = jnp.broadcast_to(jnp.arange(metadata_block_tables.shape[1], dtype=jnp.int32), metadata_block_tables.shape)
     is_used = page < -(-seq_lens[:, None] // block_size**2)
     page = look_up(metadata_block_tables, jnp.where(is_used, page, -1), maxblocks.shape[0])
@@ -160,8 +161,9 @@ def quest_block_select_paged_w(
     checks.check_array("maxblocks", maxblocks, METADATA_AXES)
     block_size, num_kv_heads = maxblocks.shape[1:3]
     batch = query.shape[0]
-    _check_metadata(maxblocks, minblocks, block_size, num_kv_heads, query.shape[2])
-    _check_tables(batch, metadata_block_tables=metadata_block_tables, seq_lens=seq_lens)
+    like = dict(like="maxblocks", dtype=maxblocks.dtype)
+    _check_metadata(maxblocks, minblocks, block_size, num_kv_heads, query.shape[2], **like)
+    seq_lens = _check_tables(batch, metadata_block_tables=metadata_block_tables, seq_lens=seq_lens)
     is_multiple = num_kv_heads > 0 and query.shape[1] % num_kv_heads == 0
     require(is_multiple, "query", query, f"of a multiple of {num_kv_heads} heads, those of `maxblocks`")
     num_unlisted = _check_update(tokens_since_metadata_update, batch, block_size, k)
@@ -218,19 +220,24 @@ def _bounds(query: jax.Array, metadata: QuestMetadata) -> jax.Array:
     return jnp.where(has_page[:, None], scores, -jnp.inf)
 
 
-def _check_metadata(maxblocks, minblocks, block_size: int, num_kv_heads: int, head_dim: int) -> None:
+def _check_metadata(maxblocks, minblocks, block_size: int, num_kv_heads: int, head_dim: int, *, like: str, dtype: Any) -> None:
     for name, x in (("maxblocks", maxblocks), ("minblocks", minblocks)):
         checks.check_array(name, x, METADATA_AXES)
+        require(x.dtype == dtype, name, x, f"of dtype {dtype}, as `{like}`")
         shape = (maxblocks.shape[0], block_size, num_kv_heads, head_dim)
         require(tuple(x.shape) == shape, name, x, f"of shape {list(shape)}")
 
 
-def _check_tables(batch: int, *, seq_lens: jax.Array, **tables: jax.Array) -> None:
+def _check_tables(batch: int | None, *, seq_lens: jax.Array, **tables: jax.Array) -> jax.Array:
+    """The lengths, negative ones as 0. `None` takes the batch from them."""
+    needed = f"int32 [{'batch' if batch is None else batch}]"
+    is_list = is_array(seq_lens) and len(seq_lens.shape) == 1 and seq_lens.dtype == jnp.int32
+    require(is_list and batch in (None, seq_lens.shape[0]), "seq_lens", seq_lens, needed)
+    batch = seq_lens.shape[0]
     for name, x in tables.items():
-        is_table = x.ndim == 2 and x.shape[0] == batch and x.shape[1] > 0 and jnp.issubdtype(x.dtype, jnp.integer)
-        require(is_table, name, x, f"integers [{batch}, blocks of a request], at least one")
-    is_list = seq_lens.shape == (batch,) and jnp.issubdtype(seq_lens.dtype, jnp.integer)
-    require(is_list, "seq_lens", seq_lens, f"integers [{batch}]")
+        is_table = is_array(x) and len(x.shape) == 2 and x.shape[0] == batch and x.shape[1] > 0 and x.dtype == jnp.int32
+        require(is_table, name, x, f"int32 [{batch}, blocks of a request], at least one")
+    return jnp.maximum(seq_lens, 0)
 
 
 def _check_update(since: int | jax.Array, batch: int, block_size: int, k: int) -> int:
@@ -250,7 +257,10 @@ def _check_update(since: int | jax.Array, batch: int, block_size: int, k: int) -
 
 
 def _size_of(selected_indices: jax.Array, query: jax.Array, maxblocks: jax.Array) -> int:
-    shape = (query.shape[0], maxblocks.shape[2]) if query.ndim == 3 and maxblocks.ndim == 4 else None
-    is_output = selected_indices.ndim == 3 and selected_indices.shape[:2] == shape and selected_indices.dtype == jnp.int32
+    checks.check_array("query", query, ("batch", "num_heads", "head_dim"))
+    checks.check_array("maxblocks", maxblocks, METADATA_AXES)
+    shape = (query.shape[0], maxblocks.shape[2])
+    is_output = is_array(selected_indices) and len(selected_indices.shape) == 3 and selected_indices.shape[:2] == shape
+    is_output = is_output and selected_indices.dtype == jnp.int32
     require(is_output, "selected_indices", selected_indices, "int32 [batch, num_kv_heads, k]")
     return selected_indices.shape[2]

@@ -8,9 +8,9 @@ import numpy as np
 
 from sparse_attn_jax import selection_checks as checks
 from sparse_attn_jax.api import block_sparse_attention_varlen
-from sparse_attn_jax.compat.conventions import check_max_length, known, locate_tokens, pad_rows
+from sparse_attn_jax.compat.conventions import QKV, check_max_length, check_sequences, known, locate_tokens, pad_rows, scale_of
 from sparse_attn_jax.selection import BlockSelection, num_blocks
-from sparse_attn_jax.validation import require
+from sparse_attn_jax.validation import check_qkv, describe, is_array, require
 
 Layout = tuple[jax.Array, jax.Array]
 
@@ -66,6 +66,7 @@ def get_sparse_attn_mask(
     is_device = device is None or isinstance(device, jax.Device | jax.sharding.Sharding)
     require(is_device, "device", device, "None, a jax.Device or a jax.sharding.Sharding")
     checks.check_bool("homo_head", homo_head)
+    checks.check_bool("return_dense", return_dense)
     checks.check_choice("dense_mask_type", dense_mask_type, ("binary", "bias"))
     step = 0 if homo_head else max(1, vert_stride // n_heads)
     head, i, j = np.ogrid[:n_heads, : num_blocks(max_seqlen, block_size), : num_blocks(max_seqlen, block_size)]
@@ -142,9 +143,13 @@ def blocksparse_flash_attn_varlen_fwd(
     q_block_size = block_size if q_block_size is None else q_block_size
     checks.check_int("block_size", block_size, 1)
     checks.check_int("q_block_size", q_block_size, 1)
-    is_pair = isinstance(sparse_layout, tuple | list) and len(sparse_layout) == 2
-    require(is_pair and all(x.ndim == 2 for x in sparse_layout), "sparse_layout", sparse_layout, "a pair (crow, col) by head")
-    crow, col = sparse_layout
+    sm_scale = scale_of(sm_scale, "sm_scale")
+    check_qkv(q, k, v, packed=True, names=QKV)
+    given = {} if cu_seqlens_q is None else dict(cu_seqlens_q=cu_seqlens_q)
+    check_sequences(cu_seqlens_k=cu_seqlens_k, **given)
+    crow, col = _check_layout(sparse_layout, q.shape[1], k.shape[1])
+    if max_seqlen is not None:
+        checks.check_int("max_seqlen", max_seqlen, 0)
     covered = (crow.shape[1] - 1) * q_block_size
     is_covered = max_seqlen is None or max_seqlen <= covered
     require(is_covered, "max_seqlen", max_seqlen, f"at most {covered}, which `sparse_layout` has rows for")
@@ -166,6 +171,19 @@ def blocksparse_flash_attn_varlen_fwd(
         indices = jnp.take(rows, row, axis=1, mode="fill", fill_value=-1)[None]
         selection = BlockSelection(indices, q_block_size=1, kv_block_size=block_size)
     return block_sparse_attention_varlen(q, k, v, selection, cu_seqlens_q, cu_seqlens_k, is_causal=True, scale=sm_scale)
+
+
+def _check_layout(layout: Any, num_heads: int, num_kv_heads: int) -> Layout:
+    """(crow, col) by query head, by KV head or with a single head."""
+    is_pair = isinstance(layout, tuple | list) and len(layout) == 2 and all(map(is_array, layout))
+    is_pair = is_pair and all(len(x.shape) == 2 and jnp.issubdtype(x.dtype, jnp.integer) for x in layout)
+    found = tuple(map(describe, layout)) if isinstance(layout, tuple | list) else layout
+    require(is_pair, "sparse_layout", found, "a pair (crow, col) of integers [heads, n]")
+    crow, col = layout
+    heads = sorted({1, num_kv_heads, num_heads})
+    fits = crow.shape[0] == col.shape[0] and crow.shape[0] in heads and crow.shape[1] > 0
+    require(fits, "sparse_layout", found, f"of {' or '.join(map(str, heads))} heads, and a row at least")
+    return crow, col
 
 
 def _is_prefill(q: jax.Array, k: jax.Array, cu_seqlens_q: jax.Array | None, cu_seqlens_k: jax.Array) -> bool:
