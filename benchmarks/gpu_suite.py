@@ -13,6 +13,7 @@ Stages:
                flex_attention by torch, after a check of every result.
   blocks       the same with a list per block of queries.
   selection    the selection beside the attention to what it chose.
+  decoding     a step of decoding from pages, dense and over the blocks that Quest selects.
   configs      the Pallas kernels with every configuration that fits; on compute capability 9.0.
 
 `python -m tools.measured_times OUT/tokens_*.json OUT/blocks_*.json OUT/selection_*.json` then takes the times into the table by
@@ -141,6 +142,13 @@ def selection_commands(out: Path) -> list[Command]:
     return [ON_A_GPU, benchmark_command(out / "selection_131072.json", *sizes, *all_kernels())]
 
 
+def decoding_commands(out: Path) -> list[Command]:
+    """A step of decoding from pages, of 32 and of 128 thousand tokens: dense, and over what Quest selects."""
+    command = [sys.executable, "-m", "benchmarks.decode", "--implementations=xla,cuda", *cuda_kernels()[1:], "--dtype=bfloat16"]
+    sizes = ["--batch=8", "--num_q_heads=32", "--num_kv_heads=8", "--head_dim=128", "--kv_len=32768,131072", "--budgets=64,256"]
+    return [ON_A_GPU, [*command, *sizes, f"--json={out / 'decoding.json'}"]]
+
+
 def config_commands(out: Path) -> list[Command]:
     """A sweep of the Pallas kernels' configurations, of both ways to select."""
     if compute_capability() != "9.0" or not jax_compat.HAS_MOSAIC_GPU:
@@ -161,6 +169,7 @@ STAGES: dict[str, Callable[[Path], list[Command]]] = dict(
     **{f"tokens_{q_len}": functools.partial(token_commands, q_len) for q_len in PUBLISHED_SIZES},
     blocks=block_commands,
     selection=selection_commands,
+    decoding=decoding_commands,
     configs=config_commands,
 )
 

@@ -1,6 +1,7 @@
 """The benchmark command line at tiny sizes: what it prints and writes, and that it refuses to time a wrong result."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -16,7 +17,7 @@ from absl import app, flags
 from absl.testing import flagsaver
 
 import sparse_attn_jax as sa
-from benchmarks import checks, gpu_suite, memory, presets, report, run, timing, workloads
+from benchmarks import checks, decode, gpu_suite, memory, presets, report, run, timing, workloads
 from benchmarks.contenders import Implementation
 from benchmarks.measure import TIMED, UNAVAILABLE, WRONG, Outcome, Row
 from benchmarks.workloads import Workload, sized_case
@@ -135,6 +136,60 @@ def test_flags_of_the_gpu_suite_are_those_of_the_benchmark(capability, monkeypat
             run.check_flags()
             (section,) = [run.section_of_flags()]
         assert section.workloads and section.contenders
+
+
+@pytest.fixture
+def decode_flags(monkeypatch) -> flags.FlagValues:
+    """Flags of the decoding benchmark, apart from those of other programs."""
+    own = flags.FlagValues()
+    monkeypatch.setattr(decode, "FLAGS", own)
+    for kind in ("integer", "float", "list", "enum", "string"):
+        define = getattr(flags, f"DEFINE_{kind}")
+        monkeypatch.setattr(decode.flags, f"DEFINE_{kind}", functools.partial(define, flag_values=own))
+    decode.define_flags()
+    return own
+
+
+def test_decoding_is_checked_and_timed(decode_flags, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "found.json"
+    sizes = ["--kv_len=70", "--head_dim=16", "--page_size=8", "--budgets=3", "--repeats=1", f"--json={path}"]
+    decode_flags(["decode", *sizes, "--implementations=xla,cuda"])
+    assert decode.main(["decode"]) == 0
+    rows = {row["contender"]: row for row in json.loads(path.read_text())["rows"]}
+    kinds = ("all blocks", "attention", "selection", "both")
+    assert set(rows) == {*decode.BASELINES, *(f"{name}, {kind}" for name in ("xla", "cuda") for kind in kinds)}
+    for name, row in rows.items():
+        is_able = name == "dense-xla" or name.startswith("xla")
+        assert row["status"] == (TIMED if is_able else UNAVAILABLE) and bool(row["median_ms"]) == is_able
+    # 4 sequences, 2 KV heads; 70 tokens, 3 blocks of 16 of them, and the extrema of 5 blocks.
+    token = 4 * 2 * 2 * 16 * 4
+    assert [rows[f"xla, {kind}"]["bytes_read"] // token for kind in kinds] == [70, 48, 5, 53]
+    assert "| xla, both" in capsys.readouterr().out
+
+    attend = sa.paged_block_sparse_attention
+    monkeypatch.setattr(sa, "paged_block_sparse_attention", lambda *x, **options: attend(*x, **options) * 1.1)
+    decode_flags(["decode", *sizes])
+    assert decode.main(["decode"]) == 1
+    status = {row["contender"]: row["status"] for row in json.loads(path.read_text())["rows"]}
+    assert [status[f"xla, {kind}"] for kind in kinds] == [WRONG, WRONG, TIMED, WRONG]
+
+
+@pytest.mark.parametrize("capability, archs", [("8.0", ["sm80"]), ("9.0", ["sm90", "sm80"])])
+def test_flags_of_the_decoding_stage_are_those_of_the_benchmark(decode_flags, capability, archs, monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_suite, "compute_capability", lambda: capability)
+    _, command = gpu_suite.decoding_commands(tmp_path)
+    decode_flags(command[2:])
+    assert decode_flags.cuda_arch == archs and decode_flags.implementations == ["xla", "cuda"]
+
+
+def test_wrong_selection_of_decoding_is_seen():
+    step = decode.Step(decode.Sizes(1, 70, 2, 1, 16, 8, 16, "float32"), seed=0)
+    selector = sa.selectors.Quest(top_k=3)
+    lists = selector.select(step.query, step.metadata(), seq_lens=step.seq_lens)
+    step.assert_selects(lists, selector)
+    other = min({1, 2, 3} - set(np.asarray(lists).ravel().tolist()))
+    with pytest.raises(AssertionError):
+        step.assert_selects(lists.at[0, 0, 0, 1].set(other), selector)
 
 
 def test_dense_baseline_stops_at_its_length(tmp_path):
