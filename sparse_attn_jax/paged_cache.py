@@ -1,11 +1,12 @@
 """Keys and values of many sequences in pages of one pool, and the bookkeeping of the pages."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sparse_attn_jax import validation
 from sparse_attn_jax.page_tables import look_up
@@ -96,15 +97,19 @@ class PagedKVCache:
             whole row of the table, int32 [max_pages_per_sequence], so that programs need not be compiled for each number.
 
         Raises:
-          ValueError: more pages than the table has, or an int that is no page.
+          ValueError: `sequence` is no int, or there are more pages than the table has, or an int that is no page.
         """
+        validation.check_integers("sequence", sequence)
         max_pages = self.block_tables.shape[1]
         if validation.is_array(pages):
             fits = pages.dtype == jnp.int32 and tuple(pages.shape) == (max_pages,)
             validation.require(fits, "pages", pages, f"int32 of shape [{max_pages}], a row of the table, or ints")
             row = pages
         else:
-            pages = [int(page) for page in pages]
+            is_list = isinstance(pages, Iterable) and not isinstance(pages, str)
+            pages = list(pages) if is_list else pages
+            is_list = is_list and all(isinstance(page, int | np.integer) for page in pages)
+            validation.require(is_list, "pages", pages, "a sequence of ints, or a row of the table")
             validation.require(len(pages) <= max_pages, "pages", pages, f"at most {max_pages} ids, a sequence's table")
             needed = f"ids of the pool, in [0, {self.key_pages.shape[0]})"
             validation.require(all(0 <= page < self.key_pages.shape[0] for page in pages), "pages", pages, needed)
@@ -134,10 +139,7 @@ class PagedKVCache:
         for name, new, pages in (("key", key, self.key_pages), ("value", value, self.value_pages)):
             self._check_new(name, new, pages, (batch, None))
         validation.require(value.shape[1] == key.shape[1], "value", value, f"of {key.shape[1]} new tokens, as `key`")
-        if active is not None:
-            needed = f"bool [batch] = [{batch}], or None"
-            fits = validation.is_array(active) and active.dtype == jnp.bool_ and tuple(active.shape) == (batch,)
-            validation.require(fits, "active", active, needed)
+        check_active(active, batch)
         num_new = key.shape[1]
         lengths = jnp.clip(self.lengths, 0, self.max_len)
         is_active = jnp.ones((batch,), bool) if active is None else active
@@ -205,6 +207,11 @@ class PagedKVCache:
         return dataclasses.replace(
             self, key_pages=store(self.key_pages, where, key), value_pages=store(self.value_pages, where, value)
         )
+
+
+def check_active(active: Any, batch: int) -> None:
+    fits = validation.is_array(active) and active.dtype == jnp.bool_ and tuple(active.shape) == (batch,)
+    validation.require(active is None or fits, "active", active, f"bool [batch] = [{batch}], or None")
 
 
 def store(pages: jax.Array, where: tuple[jax.Array, jax.Array], rows: jax.Array) -> jax.Array:

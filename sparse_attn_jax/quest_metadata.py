@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from sparse_attn_jax import dispatch, jax_compat, validation
 from sparse_attn_jax.bound_problem import ExtremaProblem
 from sparse_attn_jax.page_tables import look_up
-from sparse_attn_jax.paged_cache import PagedKVCache, load, store
+from sparse_attn_jax.paged_cache import PagedKVCache, check_active, load, store
 from sparse_attn_jax.problem import MAX_LENGTH, device_of
 from sparse_attn_jax.selection import num_blocks
 from sparse_attn_jax.selection_checks import check_int
@@ -115,6 +115,7 @@ class QuestMetadata:
           covered_len: int32 [batch], as it was when the cache was last given the metadata; zeros at first.
           block_size: tokens per block; `None` is the cache's page size.
         """
+        validation.require(isinstance(cache, PagedKVCache), "cache", cache, "a PagedKVCache")
         keys, values = cache.key_pages, cache.value_pages
         needed = f"of shape {list(keys.shape)}, as `cache.key_pages`: metadata of keys is to lie there"
         validation.require(keys.shape == values.shape, "cache.value_pages", values, needed)
@@ -159,6 +160,7 @@ class QuestMetadata:
 
     def reset(self, sequence: int | jax.Array) -> Self:
         """Covers nothing of a sequence, an int or int32 array of rows of the batch: another one takes its place."""
+        validation.check_integers("sequence", sequence, tuple(getattr(sequence, "shape", ())))
         covered_len = self.covered_len.at[sequence].set(0, mode="drop", wrap_negative_indices=False)
         return dataclasses.replace(self, covered_len=covered_len)
 
@@ -232,6 +234,7 @@ class QuestMetadata:
         fits = validation.is_array(key) and len(key.shape) == 4 and key.dtype == self.maximum.dtype
         fits = fits and [key.shape[0], "num_new", *key.shape[2:]] == shape
         validation.require(fits, "key", key, f"{self.maximum.dtype} of shape {shape}, as the metadata")
+        check_active(active, self.batch)
         updated = self
         for i in range(key.shape[1]):
             updated = updated._append_token(key[:, i], active)

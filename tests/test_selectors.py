@@ -292,6 +292,7 @@ select = functools.partial(SMALL.select, kv_len=100)
 
 BAD_CALLS = {
     "window-0": ("`window`", lambda: SlidingWindow(0)),
+    "window-beyond-int32": ("`window` is 4294967296; .*int32", lambda: SlidingWindow(2**32)),
     "window-sinks": ("`num_sinks`", lambda: SlidingWindow(4, -1)),
     "window-block": ("`block_size`", lambda: SlidingWindow(4, block_size=0)),
     "dense-block": ("`block_size`", lambda: Dense(0)),
@@ -320,6 +321,7 @@ def test_bad_call_is_refused_by_name(name):
     "argument, bad",
     [
         ("key", dict(key=KEY[0])),
+        ("key", dict(key=None)),
         ("key", dict(key=KEY.astype(int))),
         ("query", dict(query=QUERY[..., :3])),
         ("query", dict(query=QUERY[:, :, :3])),
@@ -327,7 +329,7 @@ def test_bad_call_is_refused_by_name(name):
         ("q_offset", dict(q_offset=0.5)),
         ("q_offset", dict(q_offset=jnp.zeros((1, 1), int))),
     ],
-    ids=["key-rank", "key-dtype", "head-dim", "heads", "is-causal", "offset-float", "offset-rank"],
+    ids=["key-rank", "key-missing", "key-dtype", "head-dim", "heads", "is-causal", "offset-float", "offset-rank"],
 )
 def test_every_selector_refuses_a_bad_argument_by_name(selector, argument, bad):
     with pytest.raises(ValueError, match=f"`{argument}`"):
