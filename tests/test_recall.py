@@ -1,6 +1,7 @@
 """The measurement of recall: the measures by their definitions, and that every selector has its place in docs/methods.md."""
 
 import dataclasses
+import operator
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import sparse_attn_jax as sa
 from benchmarks import recall_docs
 from benchmarks.recall_inputs import Pattern, Sizes, make_drift, make_field, make_needles, make_strides
 from benchmarks.recall_measure import Recall, attend_densely, best_mass, keys_seen, measure
@@ -121,3 +123,13 @@ def test_every_selector_is_measured_and_described():
     for name, part in sections.items():
         assert f"(methods/{name}.png)" in part and part.count("\n|") > 3, f"{name} has no table"
         assert (DOCS.parent / "methods" / f"{name}.png").exists()
+
+
+def test_every_name_is_in_the_document_and_every_name_there_exists():
+    text = DOCS.read_text()
+    missing = {name for name in (*selectors.__all__, *sa.compat.__all__) if not re.search(rf"\b{name}\b", text)}
+    assert not missing
+    named = set(re.findall(r"`sa\.([\w.]+)", text + (DOCS.parent.parent / "README.md").read_text()))
+    assert len(named) > 20
+    for name in named:
+        operator.attrgetter(name)(sa)
