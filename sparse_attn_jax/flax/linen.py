@@ -9,8 +9,17 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from sparse_attn_jax.api import Window
-from sparse_attn_jax.flax.decode_cache import make_cache
-from sparse_attn_jax.flax.native import NativeConfig, attend_native, flatten_units, make_native_config, unit_tokens
+from sparse_attn_jax.flax.decode_cache import Cache, make_cache
+from sparse_attn_jax.flax.native import (
+    Compressions,
+    NativeConfig,
+    attend_native,
+    attend_native_cached,
+    flatten_units,
+    make_native_cache,
+    make_native_config,
+    unit_tokens,
+)
 from sparse_attn_jax.flax.options import AttentionConfig, Selector, make_config
 from sparse_attn_jax.flax.self_attention import attend, attend_cached, check_decode, check_inputs
 from sparse_attn_jax.selection import BlockSelection
@@ -138,21 +147,12 @@ class SparseSelfAttention(nn.Module):
         )
 
     def _attend_cached(self, config: AttentionConfig, query, key, value) -> tuple[jax.Array, BlockSelection]:
-        is_new = not self.has_variable("cache", "cached_key")
-        if is_new and not self.is_initializing():
-            raise ValueError(
-                "The collection `cache` is empty; make it with `init` on inputs of [batch, max_len, features], and pass it to "
-                "`apply` with mutable=['cache']."
-            )
         empty = jax.eval_shape(functools.partial(make_cache, config.selector), key, value)
-        zeros = lambda like: jnp.zeros(like.shape, like.dtype)
-        variables = {name: self.variable("cache", name, zeros, like) for name, like in empty.items()}
-        if is_new:
+        cache = _open_cache(self, empty)
+        if cache is None:
             return attend(config, query, key, value, None)
-        cache = {name: variable.value for name, variable in variables.items()}
         out, selection, cache = attend_cached(config, cache, query, key, value)
-        for name, variable in variables.items():
-            variable.value = cache[name]
+        _store_cache(self, cache)
         return out, selection
 
 
@@ -168,7 +168,9 @@ class NativeSparseAttention(nn.Module):
     Rotary embedding turns queries, keys and window keys by the position of their token, and a compressed key, made of keys that
     are not turned, by the position of its unit's first token, as in XunhaoLai's Triton version; the paper does not say.
 
-    There is no decode cache: a call takes whole sequences.
+    Decoding: as `SparseSelfAttention`, by `decode=True`. The cache holds keys and values of all three branches for max_len
+    tokens, the window's too, and what is compressed of each complete unit; a step compresses only those units that its tokens
+    complete.
 
     Attributes:
       num_heads: query heads.
@@ -194,6 +196,7 @@ class NativeSparseAttention(nn.Module):
       bias_init: initialiser of the biases of the projections.
       out_bias_init: initialiser of the bias of `out`. Default: bias_init.
       use_bias: whether there are biases. Default: True.
+      decode: use the cache. Default: False.
       implementation: as in `native_sparse_attention`.
     """
 
@@ -220,6 +223,7 @@ class NativeSparseAttention(nn.Module):
     bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
     out_bias_init: nn.initializers.Initializer | None = None
     use_bias: bool = True
+    decode: bool = False
     implementation: str | Sequence[str] | None = None
 
     @nn.compact
@@ -227,7 +231,7 @@ class NativeSparseAttention(nn.Module):
         """Attends within each sequence.
 
         Args:
-          inputs: [batch, length, features], floating point.
+          inputs: [batch, length, features], floating point. In decode mode the next tokens of each sequence.
 
         Returns:
           [batch, length, out_features], of the dtype of the computation.
@@ -242,11 +246,11 @@ class NativeSparseAttention(nn.Module):
         dense = functools.partial(nn.DenseGeneral, **options)
         inits = dict(kernel_init=self.kernel_init, bias_init=self.bias_init)
         projected = {name: dense(sizes, name=name, **inits)(inputs) for name, sizes in config.projections().items()}
-        units = {
-            name: _Compression(config, options, name=name)(projected[source])
-            for name, (source, _) in config.compressions().items()
-        }
-        out = attend_native(config, projected, units)
+        compressions = {name: _Compression(config, options, name=name) for name in config.compressions()}
+        if self.decode:
+            out = self._attend_cached(config, projected, compressions)
+        else:
+            out = attend_native(config, projected, compressions)
         inits = dict(
             kernel_init=self.kernel_init if self.out_kernel_init is None else self.out_kernel_init,
             bias_init=self.bias_init if self.out_bias_init is None else self.out_bias_init,
@@ -274,6 +278,14 @@ class NativeSparseAttention(nn.Module):
             implementation=self.implementation,
         )
 
+    def _attend_cached(self, config: NativeConfig, projected: dict[str, jax.Array], compressions: Compressions) -> jax.Array:
+        cache = _open_cache(self, jax.eval_shape(functools.partial(make_native_cache, config), projected))
+        if cache is None:
+            return attend_native(config, projected, compressions)
+        out, cache = attend_native_cached(config, cache, projected, compressions)
+        _store_cache(self, cache)
+        return out
+
 
 class _Compression(nn.Module):
     """Units of tokens as one vector each."""
@@ -289,3 +301,21 @@ class _Compression(nn.Module):
         embedding = self.param("position_embedding", nn.initializers.normal(0.02), units.shape[2:], dtype)
         hidden = nn.Dense(self.config.compression_features, name="hidden", **self.options)(flatten_units(units, embedding))
         return nn.Dense(tokens.shape[-1], name="out", **self.options)(nn.gelu(hidden))
+
+
+def _open_cache(module: nn.Module, empty: Cache) -> Cache | None:
+    """The module's cache; a module that is initialising gets one like `empty`, and has none yet."""
+    is_new = not module.has_variable("cache", "cached_key")
+    if is_new and not module.is_initializing():
+        raise ValueError(
+            "The collection `cache` is empty; make it with `init` on inputs of [batch, max_len, features], and pass it to "
+            "`apply` with mutable=['cache']."
+        )
+    zeros = lambda like: jnp.zeros(like.shape, like.dtype)
+    variables = {name: module.variable("cache", name, zeros, like) for name, like in empty.items()}
+    return None if is_new else {name: variable.value for name, variable in variables.items()}
+
+
+def _store_cache(module: nn.Module, cache: Cache) -> None:
+    for name, x in cache.items():
+        module.put_variable("cache", name, x)

@@ -1,17 +1,51 @@
-"""What the linen and the nnx module of native sparse attention share: all but their parameters."""
+"""What the linen and the nnx module of native sparse attention share: all but their parameters.
+
+A decode cache is a dict of arrays, zeros where unfilled:
+  cached_{key,value}               [batch, max_len, num_kv_heads, dim], of the selected branch
+  cached_window_{key,value}        likewise, of the window
+  cached_uncompressed_{key,value}  likewise, of which units are made
+  cached_compressed_{key,value}    [batch, num_units, num_kv_heads, dim], what is made of each complete unit
+  cache_index                      int32 [], tokens stored so far, at most max_len
+
+Keys are rotated if the layer rotates, but for those of which units are made. The window and the uncompressed tokens are all
+kept, though a step reads only the last of them: so a smaller index takes tokens back, as it does in `decode_cache`.
+"""
 
 import dataclasses
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from sparse_attn_jax import selection_checks as checks
+from sparse_attn_jax.flax.decode_cache import Cache, check_fit, drop_beyond, store_tokens, update_units
 from sparse_attn_jax.flax.options import AttentionConfig, make_config
 from sparse_attn_jax.flax.rotary import apply_rotary
 from sparse_attn_jax.native_sparse_attention import BRANCHES, native_sparse_attention
 from sparse_attn_jax.scoring_problem import num_units
 from sparse_attn_jax.selectors.nsa import NSA
+
+# The projection that a cached array holds.
+TOKEN_CACHES = dict(
+    cached_key="key",
+    cached_value="value",
+    cached_window_key="window_key",
+    cached_window_value="window_value",
+    cached_uncompressed_key="compressed_key",
+    cached_uncompressed_value="compressed_value",
+)
+# The compression that makes a cached array, and the array it is made from.
+UNIT_CACHES = dict(
+    cached_compressed_key=("key_compression", "cached_uncompressed_key"),
+    cached_compressed_value=("value_compression", "cached_uncompressed_value"),
+)
+NATIVE_CACHE_NAMES = (*TOKEN_CACHES, *UNIT_CACHES, "cache_index")
+ROTATED = ("query", "key", "window_key", "key_compression")
+
+# By the names of `NativeConfig.compressions()`: tokens [batch, length, heads, dim] to units [batch, num_units, heads, dim].
+Compressions = Mapping[str, Callable[[jax.Array], jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,24 +135,81 @@ def flatten_units(units: jax.Array, position_embedding: jax.Array) -> jax.Array:
     return units.reshape(*units.shape[:3], size * features)
 
 
-def attend_native(config: NativeConfig, projected: dict[str, jax.Array], units: dict[str, jax.Array]) -> jax.Array:
-    """Attention by the three branches.
+def attend_native(config: NativeConfig, projected: dict[str, jax.Array], compressions: Compressions) -> jax.Array:
+    """Attention of whole sequences by the three branches.
 
     Args:
       config: the layer.
       projected: [batch, length, heads, features], by the names of `config.projections()`.
-      units: [batch, num_units, num_kv_heads, features], by the names of `config.compressions()`.
+      compressions: see `Compressions`.
 
     Returns:
       [batch, length, num_heads, value_head_dim], dtype of the query.
     """
-    positions = jnp.arange(projected["query"].shape[1], dtype=jnp.int32)
-    unit_positions = jnp.arange(units["key_compression"].shape[1], dtype=jnp.int32) * config.kernel_stride
+    arrays = {name: _rotate_tokens(config, source, projected[source], 0) for name, source in TOKEN_CACHES.items()}
+    for name, (compression, tokens) in UNIT_CACHES.items():
+        arrays[name] = _compress(config, compressions, compression, arrays[tokens], 0)
+    return _attend(config, projected, arrays, 0)
+
+
+def attend_native_cached(
+    config: NativeConfig, cache: Cache, projected: dict[str, jax.Array], compressions: Compressions
+) -> tuple[jax.Array, Cache]:
+    """Appends tokens to the cache, and lets them attend to all it holds.
+
+    Args:
+      config: the layer.
+      cache: see above.
+      projected: [batch, length, heads, features], of the new tokens only, by the names of `config.projections()`.
+      compressions: see `Compressions`.
+
+    Returns:
+      [batch, length, num_heads, value_head_dim], NaN for tokens that the cache has no room for; and the new cache.
+
+    Raises:
+      ValueError: the cache does not fit the tokens.
+    """
+    for name, source in TOKEN_CACHES.items():
+        check_fit(name, cache[name], projected[source])
+    updated = append_native(config, cache, projected, compressions)
+    # Causality hides the slots that are not filled yet, and the units that are not complete.
+    out = _attend(config, projected, updated, cache["cache_index"])
+    return drop_beyond(out, cache["cache_index"], cache["cached_key"].shape[1]), updated
+
+
+def make_native_cache(config: NativeConfig, projected: Mapping[str, jax.ShapeDtypeStruct | jax.Array]) -> Cache:
+    """An empty cache for [batch, max_len, heads, features] of these dtypes, by the names of `config.projections()`."""
+    cache = {name: jnp.zeros(projected[source].shape, projected[source].dtype) for name, source in TOKEN_CACHES.items()}
+    for name, (_, tokens) in UNIT_CACHES.items():
+        batch, max_len, *rest = cache[tokens].shape
+        count = num_units(max_len, config.kernel_size, config.kernel_stride)
+        cache[name] = jnp.zeros((batch, count, *rest), cache[tokens].dtype)
+    return cache | dict(cache_index=jnp.zeros((), jnp.int32))
+
+
+def append_native(config: NativeConfig, cache: Cache, projected: dict[str, jax.Array], compressions: Compressions) -> Cache:
+    """The cache with tokens appended; those beyond its capacity are dropped, and what it holds stays as it is.
+
+    Arguments are those of `attend_native_cached`. Work is proportional to the new tokens, whatever max_len.
+    """
+    index, num_new = cache["cache_index"], projected["query"].shape[1]
+    new = {name: _rotate_tokens(config, source, projected[source], index) for name, source in TOKEN_CACHES.items()}
+    updated = store_tokens(cache, new)
+    for name, (compression, tokens) in UNIT_CACHES.items():
+        compress = functools.partial(_compress, config, compressions, compression)
+        updated[name] = update_units(
+            cache[name], updated[tokens], compress, index, num_new, config.kernel_size, config.kernel_stride
+        )
+    return updated
+
+
+def _attend(config: NativeConfig, projected: dict[str, jax.Array], arrays: Cache, q_offset: int | jax.Array) -> jax.Array:
+    """Attention of the projected queries, from position `q_offset` on, to arrays by the names of a cache."""
     gates = jax.nn.sigmoid(projected["gate"].astype(jnp.promote_types(projected["gate"].dtype, jnp.float32)))
     return native_sparse_attention(
-        _rotate(config, projected["query"], positions),
-        _rotate(config, projected["key"], positions),
-        projected["value"],
+        _rotate_tokens(config, "query", projected["query"], q_offset),
+        arrays["cached_key"],
+        arrays["cached_value"],
         [gates[..., i] for i in range(len(BRANCHES))],
         kernel_size=config.kernel_size,
         kernel_stride=config.kernel_stride,
@@ -127,15 +218,29 @@ def attend_native(config: NativeConfig, projected: dict[str, jax.Array], units: 
         num_sink_blocks=config.num_sink_blocks,
         num_local_blocks=config.num_local_blocks,
         window_size=config.window_size,
-        compressed_key=_rotate(config, units["key_compression"], unit_positions),
-        compressed_value=units["value_compression"],
-        window_key=_rotate(config, projected["window_key"], positions),
-        window_value=projected["window_value"],
+        compressed_key=arrays["cached_compressed_key"],
+        compressed_value=arrays["cached_compressed_value"],
+        window_key=arrays["cached_window_key"],
+        window_value=arrays["cached_window_value"],
+        q_offset=q_offset,
         scale=config.attention.options.scale,
         implementation=config.attention.options.implementation,
     )
 
 
-def _rotate(config: NativeConfig, x: jax.Array, positions: jax.Array) -> jax.Array:
+def _rotate_tokens(config: NativeConfig, name: str, x: jax.Array, first: int | jax.Array) -> jax.Array:
+    """A projection by its name, of tokens from position `first` on, rotated if it is one that is."""
+    return _rotate(config, name, x, first + jnp.arange(x.shape[1], dtype=jnp.int32))
+
+
+def _compress(
+    config: NativeConfig, compressions: Compressions, name: str, tokens: jax.Array, first: int | jax.Array
+) -> jax.Array:
+    """The complete units of these tokens, of which the first has this id, rotated if they are keys."""
+    units = compressions[name](tokens)
+    return _rotate(config, name, units, (first + jnp.arange(units.shape[1], dtype=jnp.int32)) * config.kernel_stride)
+
+
+def _rotate(config: NativeConfig, name: str, x: jax.Array, positions: jax.Array) -> jax.Array:
     theta = config.attention.rotary_theta
-    return x if theta is None else apply_rotary(x, positions, theta)
+    return x if theta is None or name not in ROTATED else apply_rotary(x, positions, theta)

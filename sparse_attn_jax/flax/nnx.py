@@ -10,8 +10,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sparse_attn_jax.api import Window
-from sparse_attn_jax.flax.decode_cache import CACHE_NAMES, make_cache
-from sparse_attn_jax.flax.native import NativeConfig, attend_native, flatten_units, make_native_config, unit_tokens
+from sparse_attn_jax.flax.decode_cache import CACHE_NAMES, Cache, make_cache
+from sparse_attn_jax.flax.native import (
+    NATIVE_CACHE_NAMES,
+    NativeConfig,
+    attend_native,
+    attend_native_cached,
+    flatten_units,
+    make_native_cache,
+    make_native_config,
+    unit_tokens,
+)
 from sparse_attn_jax.flax.options import Selector, make_config
 from sparse_attn_jax.flax.self_attention import attend, attend_cached, check_decode, check_inputs
 from sparse_attn_jax.selection import BlockSelection
@@ -135,8 +144,7 @@ class SparseSelfAttention(nnx.Module):
             kernel_metadata=kernel_metadata if out_kernel_metadata is None else out_kernel_metadata,
             bias_metadata=bias_metadata if out_bias_metadata is None else out_bias_metadata,
         )
-        for name in CACHE_NAMES:
-            setattr(self, name, nnx.data(None))
+        _set_cache(self, CACHE_NAMES, {})
 
     def __call__(
         self,
@@ -185,22 +193,13 @@ class SparseSelfAttention(nnx.Module):
           ValueError: the layer cannot decode.
         """
         check_decode(self.config, None)
-        inputs = jax.ShapeDtypeStruct((batch, max_len, self.in_features), self.key.param_dtype)
-        key, value = (jax.eval_shape(project, inputs) for project in (self.key, self.value))
-        if dtype is not None:
-            key, value = (jax.ShapeDtypeStruct(x.shape, dtype) for x in (key, value))
-        cache = make_cache(self.config.selector, key, value)
-        for name in CACHE_NAMES:
-            setattr(self, name, nnx.Cache(cache[name]) if name in cache else nnx.data(None))
+        key, value = (_projection_shape(project, batch, max_len, dtype) for project in (self.key, self.value))
+        _set_cache(self, CACHE_NAMES, make_cache(self.config.selector, key, value))
 
     def _attend_cached(self, query, key, value) -> tuple[jax.Array, BlockSelection]:
-        variables = {name: getattr(self, name) for name in CACHE_NAMES if getattr(self, name) is not None}
-        if not variables:
-            raise ValueError("The module has no decode cache; call `init_cache(batch, max_len)` first.")
-        cache = {name: variable[...] for name, variable in variables.items()}
+        cache = _open_cache(self, CACHE_NAMES)
         out, selection, cache = attend_cached(self.config, cache, query, key, value)
-        for name, variable in variables.items():
-            variable[...] = cache[name]
+        _store_cache(self, cache)
         return out, selection
 
 
@@ -216,7 +215,9 @@ class NativeSparseAttention(nnx.Module):
     Rotary embedding turns queries, keys and window keys by the position of their token, and a compressed key, made of keys that
     are not turned, by the position of its unit's first token, as in XunhaoLai's Triton version; the paper does not say.
 
-    There is no decode cache: a call takes whole sequences.
+    Decoding: as `SparseSelfAttention`, by `init_cache` and `decode=True`. The cache holds keys and values of all three branches
+    for max_len tokens, the window's too, and what is compressed of each complete unit; a step compresses only those units that
+    its tokens complete.
     """
 
     def __init__(
@@ -246,6 +247,7 @@ class NativeSparseAttention(nnx.Module):
         bias_init: nnx.Initializer = BIAS_INIT,
         out_bias_init: nnx.Initializer | None = None,
         use_bias: bool = True,
+        decode: bool = False,
         implementation: str | Sequence[str] | None = None,
         rngs: nnx.Rngs,
     ):
@@ -276,6 +278,7 @@ class NativeSparseAttention(nnx.Module):
           bias_init: initialiser of the biases of the projections.
           out_bias_init: initialiser of the bias of `out`. Default: bias_init.
           use_bias: whether there are biases. Default: True.
+          decode: use the cache unless a call says otherwise. Default: False.
           implementation: as in `native_sparse_attention`.
           rngs: streams; `params` is used.
 
@@ -283,6 +286,7 @@ class NativeSparseAttention(nnx.Module):
           ValueError: an argument is wrong; the message names it.
         """
         self.in_features = in_features
+        self.decode = decode
         self.config = make_native_config(
             in_features,
             num_heads=num_heads,
@@ -317,25 +321,42 @@ class NativeSparseAttention(nnx.Module):
             bias_init=bias_init if out_bias_init is None else out_bias_init,
             **options,
         )
+        _set_cache(self, NATIVE_CACHE_NAMES, {})
 
-    def __call__(self, inputs: jax.Array) -> jax.Array:
+    def __call__(self, inputs: jax.Array, *, decode: bool | None = None) -> jax.Array:
         """Attends within each sequence.
 
         Args:
-          inputs: [batch, length, in_features], floating point.
+          inputs: [batch, length, in_features], floating point. In decode mode the next tokens of each sequence.
+          decode: use the cache. Default: as the module was made.
 
         Returns:
           [batch, length, out_features], of the dtype of the computation.
 
         Raises:
-          ValueError: an argument is wrong; the message names it.
+          ValueError: an argument is wrong, or there is no cache; the message names it.
           NotImplementedError: none of the implementations asked for can run this call.
         """
         check_inputs(inputs, None, self.in_features)
         projected = {name: getattr(self, name)(inputs) for name in self.config.projections()}
-        compressions = self.config.compressions().items()
-        units = {name: getattr(self, name)(projected[source]) for name, (source, _) in compressions}
-        return self.out(attend_native(self.config, projected, units))
+        compressions = {name: getattr(self, name) for name in self.config.compressions()}
+        if self.decode if decode is None else decode:
+            out, cache = attend_native_cached(self.config, _open_cache(self, NATIVE_CACHE_NAMES), projected, compressions)
+            _store_cache(self, cache)
+        else:
+            out = attend_native(self.config, projected, compressions)
+        return self.out(out)
+
+    def init_cache(self, batch: int, max_len: int, dtype: Any = None) -> None:
+        """Makes an empty decode cache, in place of any other.
+
+        Args:
+          batch: number of sequences.
+          max_len: tokens that each may have.
+          dtype: of keys and values. Default: the module's dtype, or else that of its parameters.
+        """
+        projected = {name: _projection_shape(getattr(self, name), batch, max_len, dtype) for name in self.config.projections()}
+        _set_cache(self, NATIVE_CACHE_NAMES, make_native_cache(self.config, projected))
 
 
 class _Compression(nnx.Module):
@@ -353,3 +374,27 @@ class _Compression(nnx.Module):
         """[batch, length, heads, features] to [batch, num_units, heads, features]."""
         flat = flatten_units(unit_tokens(self.config, tokens), self.position_embedding[...])
         return self.out(nnx.gelu(self.hidden(flat)))
+
+
+def _projection_shape(project: nnx.LinearGeneral, batch: int, max_len: int, dtype: Any) -> jax.ShapeDtypeStruct:
+    """What a projection makes of inputs of the dtype of its parameters; `dtype` replaces that of the result."""
+    out = jax.eval_shape(project, jax.ShapeDtypeStruct((batch, max_len, *project.in_features), project.param_dtype))
+    return out if dtype is None else jax.ShapeDtypeStruct(out.shape, dtype)
+
+
+def _set_cache(module: nnx.Module, names: Sequence[str], cache: Cache) -> None:
+    """Makes the variables of a cache anew; `None` where it has no array of the name."""
+    for name in names:
+        setattr(module, name, nnx.Cache(cache[name]) if name in cache else nnx.data(None))
+
+
+def _open_cache(module: nnx.Module, names: Sequence[str]) -> Cache:
+    cache = {name: getattr(module, name)[...] for name in names if getattr(module, name) is not None}
+    if not cache:
+        raise ValueError("The module has no decode cache; call `init_cache(batch, max_len)` first.")
+    return cache
+
+
+def _store_cache(module: nnx.Module, cache: Cache) -> None:
+    for name, x in cache.items():
+        getattr(module, name)[...] = x

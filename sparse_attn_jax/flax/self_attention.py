@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from sparse_attn_jax.api import block_sparse_attention
 from sparse_attn_jax.causal_safety import watch_training
-from sparse_attn_jax.flax.decode_cache import Cache, append_tokens, select_cached
+from sparse_attn_jax.flax.decode_cache import Cache, append_tokens, check_fit, drop_beyond, select_cached
 from sparse_attn_jax.flax.options import AttentionConfig
 from sparse_attn_jax.flax.rotary import apply_rotary
 from sparse_attn_jax.selection import BlockSelection
@@ -71,16 +71,15 @@ def attend_cached(
       ValueError: the cache does not fit the tokens.
     """
     for name, new in (("cached_key", key), ("cached_value", value)):
-        _check_fit(name, cache[name], new)
-    index, max_len = cache["cache_index"], cache["cached_key"].shape[1]
+        check_fit(name, cache[name], new)
+    index = cache["cache_index"]
     query, key = _rotate(config, query, key, index)
     cache = append_tokens(cache, config.selector, key, value)
     selection = select_cached(config.selector, query, cache, index)
     # Causality hides the slots that are not filled yet.
     options = config.options.keywords() | dict(is_causal=True, q_offset=index)
     out = block_sparse_attention(query, cache["cached_key"], cache["cached_value"], selection, **options)
-    has_room = index + jnp.arange(query.shape[1]) < max_len
-    return jnp.where(has_room[:, None, None], out, jnp.nan), selection, cache
+    return drop_beyond(out, index, cache["cached_key"].shape[1]), selection, cache
 
 
 def check_decode(config: AttentionConfig, segment_ids: Any) -> None:
@@ -89,13 +88,6 @@ def check_decode(config: AttentionConfig, segment_ids: Any) -> None:
     require(segment_ids is None, "segment_ids", segment_ids, "None in decode mode: a cache holds one sequence per batch row")
     is_safe = getattr(config.selector, "causal_safe", False)
     require(is_safe, "selector", config.selector, "`causal_safe` to decode: its selection may not depend on later tokens")
-
-
-def _check_fit(name: str, cached: jax.Array, new: jax.Array) -> None:
-    batch, max_len, *rest = cached.shape
-    fits = new.shape[0] == batch and new.shape[1] <= max_len and list(new.shape[2:]) == rest and new.dtype == cached.dtype
-    needed = f"of dtype {new.dtype} and shape {[new.shape[0], f'max_len >= {new.shape[1]}', *new.shape[2:]]} for these `inputs`"
-    require(fits, name, cached, needed)
 
 
 def _rotate(config: AttentionConfig, query, key, index: int | jax.Array) -> tuple[jax.Array, jax.Array]:
