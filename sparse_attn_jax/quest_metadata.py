@@ -155,6 +155,7 @@ class QuestMetadata:
         implementation: str | Sequence[str] | None = None,
     ) -> Self:
         """Covers the first `seq_lens` tokens anew, whatever was covered before. Arguments as in `refresh`."""
+        validation.check_integers("seq_lens", seq_lens, (self.batch,))
         empty = self.reset(jnp.arange(self.batch, dtype=jnp.int32))
         return empty.refresh(key, None, seq_lens, block_tables=block_tables, implementation=implementation)
 

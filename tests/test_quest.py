@@ -471,6 +471,7 @@ BAD_CALLS = {
     "no pool": (lambda: METADATA.build(None, 8), "`key`.*block_tables"),
     "key tables": (lambda: METADATA.build(random_keys(2, 8), 8, block_tables=LENGTHS), "`block_tables`"),
     "end": (lambda: METADATA.refresh(random_keys(2, 8), None, 8.0), "`end`"),
+    "lengths": (lambda: METADATA.build(random_keys(2, 8), 8.0), "`seq_lens`"),
     "start": (lambda: METADATA.refresh(random_keys(2, 8), jnp.zeros((3,), jnp.int32), 8), "`start`"),
     "append": (lambda: METADATA.append(random_keys(2, 1)[:, 0]), "`key`"),
     "append active": (lambda: METADATA.append(random_keys(2, 1), jnp.ones(2)), r"`active` is float32\[2\]"),
