@@ -152,7 +152,8 @@ def test_numbers_of_blocks(num_blocks, group):
 def test_extrema_in_pages(q_len, page_rows):
     call = make_call(Sizes(page_rows=page_rows, num_blocks=48, q_len=q_len))
     check(call)
-    # Where there is no page there is no score; what is kept is kept.
+    # Where there is no page there is no score; what is kept is kept. There is room for all that may be listed.
+    call = make_call(Sizes(page_rows=page_rows, num_blocks=48, q_len=q_len, top_k=48))
     bad = [-1, len(call.operands.maximum), 2**31 - 1, -(2**31)]
     tables = call.operands.block_tables
     for i, page in enumerate(bad):
@@ -188,6 +189,12 @@ def test_top_k(top_k):
 def test_more_kept_than_there_is_room_for_stay_in_the_list():
     found = make_call(Sizes(top_k=3), limits=(2, 10, 20, 0)).run()
     np.testing.assert_array_equal(found, np.broadcast_to([0, 1, 10], found.shape))
+
+
+def test_group_with_a_head_that_is_nan_lists_what_is_kept():
+    call = make_call(Sizes(group_size=3), limits=(1, 38, 40, 40))
+    found = call.run(query=call.operands.query.at[:, :, ::3].set(np.nan))
+    np.testing.assert_array_equal(found[..., :4], np.broadcast_to([0, 38, 39, -1], (*found.shape[:-1], 4)))
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.0])

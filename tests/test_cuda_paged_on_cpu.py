@@ -413,11 +413,12 @@ def test_sound_call_of_the_handler():
     assert not np.any(np.asarray(out)) and np.isneginf(lse).all()
 
 
-def handler_arguments(count: int) -> tuple[list[jax.Array], list[jax.ShapeDtypeStruct]]:
-    """The arguments of a sound call, but for the counts; and the shapes of its results."""
+def handler_arguments(count: int, block: int = 0) -> tuple[list[jax.Array], list[jax.ShapeDtypeStruct]]:
+    """The arguments of a sound call, but for the counts and the blocks; and the shapes of its results."""
     arrays = {name: jnp.zeros(*ARRAYS[name]) for name in list(ARRAYS)[:-NUM_RESULTS]}
     arrays["seq_lens"] += 64
     arrays["counts"] += count
+    arrays["blocks"] += block
     return list(arrays.values()), [jax.ShapeDtypeStruct(*ARRAYS[name]) for name in list(ARRAYS)[-NUM_RESULTS:]]
 
 
@@ -428,6 +429,15 @@ def test_counts_of_any_value_are_guarded(count):
     arguments, shapes = handler_arguments(count)
     out, *_ = jax.ffi.ffi_call(library.PAGED_ATTENTION, shapes)(*arguments, **ATTRIBUTES)
     assert not np.any(np.asarray(out, np.float32))
+
+
+@pytest.mark.parametrize("block", [-1, -(2**31), 9, 2**31 - 1])
+def test_blocks_of_any_value_are_guarded(block):
+    """Nothing is looked up for a block that is none. What the op itself lists has no such blocks."""
+    library.load("cpu")
+    arguments, shapes = handler_arguments(2, block)
+    out, lse, *_ = jax.ffi.ffi_call(library.PAGED_ATTENTION, shapes)(*arguments, **ATTRIBUTES)
+    assert not np.any(np.asarray(out, np.float32)) and np.all(np.isneginf(lse))
 
 
 @pytest.mark.parametrize("name", ARRAYS)

@@ -16,6 +16,8 @@ from sparse_attn_jax.testing.selection_oracle import assert_same_up_to_rounding
 
 Check = Callable[[], None]  # raises AssertionError
 Sizes = tests.Sizes
+# Of two sequences, in tokens.
+LENGTHS = ((0, 1), (-3, 161), (161, 10**9))
 
 
 def run_of(call: tests.Call) -> Callable[[], np.ndarray]:
@@ -34,13 +36,26 @@ def defined(sizes: Sizes, limits=None, **changes) -> Check:
 
 
 def bad_pages_check(page: int) -> Check:
-    sizes = Sizes(page_rows=4)
+    sizes = Sizes(page_rows=4, top_k=40)  # enough for every block that may be listed
     tables = tests.make_call(sizes).operands.block_tables
     return defined(sizes, block_tables=tables.at[:, 1].set(page))
 
 
 def equal_check(run: Callable, wanted: Callable) -> Check:
     return lambda: np.testing.assert_array_equal(run(), wanted())
+
+
+def full_check() -> Check:
+    """More blocks are kept than there is room for."""
+    run = run_of(tests.make_call(Sizes(top_k=3), limits=(2, 10, 20, 0)))
+    return lambda: np.testing.assert_array_equal(run() - np.array([0, 1, 10]), 0)
+
+
+def nan_head_check() -> Check:
+    """A query head that is NaN: its list, or that of its group, has no block but those that are kept."""
+    call = tests.make_call(Sizes(group_size=3), limits=(1, 38, 40, 40))
+    run = run_of(call.replace(query=call.operands.query.at[:, :, ::3].set(np.nan)))
+    return lambda: np.testing.assert_array_equal(run()[..., :4] - np.array([0, 38, 39, -1]), 0)
 
 
 def ties_check() -> Check:
@@ -111,8 +126,13 @@ def all_checks() -> dict[str, Callable[[], Check]]:
         | {f"extrema, pages of {n}": make(extrema_check, n) for n in (None, 16, 7)}
         | {f"extrema, {block} tokens": make(extrema_check, 16, block) for block in (3, 64)}
         | {f"extrema, {n} heads": make(extrema_check, 16, num_kv_heads=n, head_dim=256) for n in (2, 5)}
-        | {f"extrema before {n}": make(extrema_check, page, lengths=n) for page in (None, 16) for n in ((0, 1), (-3, 161))}
-        | {f"extrema of block {n}": make(extrema_check, page, block=n) for page in (None, 16) for n in (-1, 2**31 - 1)}
+        | {
+            f"extrema before {n}": make(extrema_check, page, lengths=n)
+            for page in (None, 16)
+            for n in ((0, 1), (-3, 161), (161, 10**9))
+        }
+        | {f"extrema of block {n}, {page}": make(extrema_check, page, block=n) for page in (None, 16) for n in (-1, 2**31 - 1)}
+        | {"full": full_check, "a head that is NaN": nan_head_check}
         | {"ties": ties_check, "zeros": zeros_check, "unread": unread_check, "order": order_check}
         | {f"no score, {x}, {group}": make(no_score_check, group, x) for x in (np.nan, np.inf) for group in ("max", None)}
     )

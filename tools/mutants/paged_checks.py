@@ -60,17 +60,18 @@ def long_check(q_len: int, group_size: int) -> Check:
     return lambda: tests.assert_is(tests.last_of(run()), wanted, sizes.dtype)
 
 
-def bad_pages_check() -> Check:
+def bad_pages_check(page: int | None) -> Check:
     sizes = Sizes(lengths=(150, 33, 60))
-    inputs = tests.inputs_with_bad_pages(sizes, 2**31 - 1)
+    num_pages = tests.make_inputs(sizes)[1].shape[0]
+    inputs = tests.inputs_with_bad_pages(sizes, num_pages if page is None else page)
     run = run_of(inputs, None, sizes.block_size, num_splits=2)
     wanted = tests.define(inputs, None, sizes)
     return lambda: tests.assert_is(run(), wanted, sizes.dtype)
 
 
-def handler_check(count: int) -> Check:
-    """Counts of any value, to the handler itself."""
-    arguments, shapes = tests.handler_arguments(count)
+def handler_check(count: int, block: int = 0) -> Check:
+    """Counts and blocks of any value, to the handler itself."""
+    arguments, shapes = tests.handler_arguments(count, block)
     call = jax.ffi.ffi_call(library.PAGED_ATTENTION, shapes)
     arch = library.asked_for().removeprefix("sm")
     attributes = tests.ATTRIBUTES | dict(arch=tests.np.int32(arch or 80))
@@ -110,9 +111,10 @@ def all_checks() -> dict[str, Callable[[], Check]]:
             f"lengths {n}": make(defined, Sizes(3, lengths=n, max_pages=2), True, num_splits=2)
             for n in ((0, 1, 2), (-4, 32, 33))
         }
-        | {"bad pages": bad_pages_check}
+        | {f"pages that are {page}": make(bad_pages_check, page) for page in (-1, None, 2**31 - 1, -(2**31))}
         | {f"order, {splits} splits": make(order_check, splits) for splits in (1, 3)}
         | {f"{splits} splits": make(defined, Sizes(num_slots=12), num_splits=splits) for splits in (5, 40)}
         | {f"long, {sizes}": make(long_check, *sizes) for sizes in ((1, 1), (3, 8))}
         | {f"{count} slots": make(handler_check, count) for count in (-1, 7, 2**31 - 1)}
+        | {f"blocks that are {block}": make(handler_check, 2, block) for block in (-1, 9, 2**31 - 1)}
     )
