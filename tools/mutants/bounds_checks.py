@@ -16,8 +16,6 @@ from sparse_attn_jax.testing.selection_oracle import assert_same_up_to_rounding
 
 Check = Callable[[], None]  # raises AssertionError
 Sizes = tests.Sizes
-# Of two sequences, in tokens.
-LENGTHS = ((0, 1), (-3, 161), (161, 10**9))
 
 
 def run_of(call: tests.Call) -> Callable[[], np.ndarray]:
@@ -127,7 +125,7 @@ def all_checks() -> dict[str, Callable[[], Check]]:
         | {f"extrema, {block} tokens": make(extrema_check, 16, block) for block in (3, 64)}
         | {f"extrema, {n} heads": make(extrema_check, 16, num_kv_heads=n, head_dim=256) for n in (2, 5)}
         | {
-            f"extrema before {n}": make(extrema_check, page, lengths=n)
+            f"extrema before {n}, {page}": make(extrema_check, page, lengths=n)
             for page in (None, 16)
             for n in ((0, 1), (-3, 161), (161, 10**9))
         }
