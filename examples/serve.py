@@ -1,6 +1,6 @@
 """Serves a language model from paged caches: dense attention against Quest, which reads the pages that a query may need.
 
-  python examples/serve.py                       # about four minutes on two CPU cores, most of them training
+  python examples/serve.py                       # two to four minutes on two CPU cores, most of them training
   python examples/serve.py --quick               # under a minute
   python examples/serve.py --checkpoint demo_out/sparse_lm.msgpack     # the model of train_lm.py
 

@@ -12,6 +12,7 @@ from sparse_attn_jax.bound_problem import BoundProblem, ExtremaProblem
 from sparse_attn_jax.implementations import cuda, mosaic, xla
 from sparse_attn_jax.paged_problem import PagedProblem
 from sparse_attn_jax.problem import Problem
+from sparse_attn_jax.problems import AnyProblem
 from sparse_attn_jax.scoring_problem import ScoringProblem
 
 # In order of preference, where nothing was measured.
@@ -21,12 +22,9 @@ IMPLEMENTATIONS: Mapping[str, ModuleType] = {"mosaic": mosaic, "cuda": cuda, "xl
 # disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(name) for name in CUSTOM_CALL_TARGETS].
 CUSTOM_CALL_TARGETS: tuple[str, ...] = cuda.CUSTOM_CALL_TARGETS
 
-# Any of the calls that implementations run.
-AnyProblem = Problem | ScoringProblem | PagedProblem | ExtremaProblem | BoundProblem
-
 # What a call is named, and the function of an implementation that gives the reasons against it.
 CALLS = {
-    Problem: ("attention, forward and backward,", "supports"),
+    Problem: ("attention (forward and backward)", "supports"),
     ScoringProblem: ("selection", "supports_scoring"),
     PagedProblem: ("paged attention", "supports_paged"),
     ExtremaProblem: ("extrema of blocks", "supports_extrema"),

@@ -12,10 +12,8 @@ from importlib import resources
 
 from sparse_attn_jax.bound_problem import BoundProblem, ExtremaProblem
 from sparse_attn_jax.paged_problem import PagedProblem
-from sparse_attn_jax.problem import Problem
+from sparse_attn_jax.problems import AnyProblem
 from sparse_attn_jax.scoring_problem import ScoringProblem
-
-AnyProblem = Problem | ScoringProblem | PagedProblem | ExtremaProblem | BoundProblem
 
 FILE = "measured.json"
 # A row speaks for the problems that have these in common with it, the row of the nearest length first.

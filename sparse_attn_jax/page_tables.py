@@ -22,4 +22,27 @@ def look_up(block_tables: jax.Array, pages: jax.Array, num_pages: int) -> jax.Ar
     inside = (pages >= 0) & (pages < max_pages)
     flat = jnp.where(inside, pages, 0).reshape(batch, -1)
     physical = jnp.take_along_axis(block_tables, flat, axis=1).reshape(pages.shape)
-    return jnp.where(inside & (physical >= 0) & (physical < num_pages), physical, num_pages)
+    return _name_pages(jnp.where(inside, physical, num_pages), num_pages)
+
+
+def read_pages(pages: jax.Array, block_tables: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """All that the pages of each sequence hold, one page after the other.
+
+    Args:
+      pages: [num_pages, page_size, ...].
+      block_tables: int32 [batch, max_pages]; whatever is not in [0, num_pages) is no page.
+
+    Returns:
+      (rows [batch, max_pages * page_size, ...], zeros where there is no page, and whether there is one, bool
+      [batch, max_pages * page_size]).
+    """
+    num_pages, page_size = pages.shape[:2]
+    physical = _name_pages(block_tables, num_pages)
+    rows = pages.at[physical].get(mode="fill", fill_value=0)
+    rows = rows.reshape(rows.shape[0], rows.shape[1] * page_size, *pages.shape[2:])
+    return rows, jnp.repeat(physical < num_pages, page_size, axis=1)
+
+
+def _name_pages(pages: jax.Array, num_pages: int) -> jax.Array:
+    """Physical pages with `num_pages` for whatever is none."""
+    return jnp.where((pages >= 0) & (pages < num_pages), pages, num_pages)

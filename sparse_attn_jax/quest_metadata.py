@@ -256,15 +256,6 @@ class QuestMetadata:
             covered_len=jnp.where(is_new, position + 1, position),
         )
 
-    def read_blocks(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """maximum and minimum of every block there is room for, [batch, num_blocks, num_kv_heads, head_dim] each, and whether
-        there is a place for them, bool [batch, num_blocks]."""
-        blocks = jnp.broadcast_to(jnp.arange(self.num_blocks, dtype=jnp.int32), (self.batch, self.num_blocks))
-        if self.block_tables is None:
-            return self.maximum, self.minimum, jnp.ones_like(blocks, bool)
-        where = self._locate(blocks)
-        return load(self.maximum, where), load(self.minimum, where), where[0] < self.maximum.shape[0]
-
     def _locate(self, blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Where blocks, int32 [batch, n], are in `maximum`: (first index, row), the first out of range where nowhere."""
         inside = (blocks >= 0) & (blocks < self.num_blocks)

@@ -63,7 +63,7 @@ def test_choice_is_logged_once(caplog):
         for _ in range(2):
             sa.block_sparse_attention(*arguments())
     lines = [record.message for record in caplog.records if "sparse_attn_jax" in record.message]
-    assert len(lines) == 1 and "attention, forward and backward, runs on: xla" in lines[0] and "not cuda" in lines[0]
+    assert len(lines) == 1 and "attention (forward and backward) runs on: xla" in lines[0] and "not cuda" in lines[0]
 
 
 def test_problem_is_hashable_and_supports_is_pure():

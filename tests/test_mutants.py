@@ -7,7 +7,7 @@ import textwrap
 import pytest
 
 from tools.mutants import report, rules
-from tools.mutants.build import CSRC, LISTS, VARIANTS, mutated_sources, with_few_variants
+from tools.mutants.build import CSRC, FLAGS, LISTS, VARIANTS, mutated_sources, with_few_variants
 
 SOURCE = """
     // if (a < b) return;
@@ -182,7 +182,7 @@ def test_few_variants_are_left():
     for add in ("add_selection", "add_paged"):
         (head_dims,) = re.findall(rf"{add}<kArch, Variant, T, ([\d, ]+)>\(", text)
         assert tuple(map(int, head_dims.split(", "))) == tuple(VARIANTS)
-    assert re.findall(r"operator\(\)<(.*)>\(", text) == ["ptx::BFloat16"]
+    assert "-DSPARSE_ATTN_FLOAT16=0" in FLAGS and "#if SPARSE_ATTN_FLOAT16\n  add.template operator()<ptx::Float16>();" in text
 
 
 # --- the report ---

@@ -11,6 +11,7 @@ import selector_checks
 
 from sparse_attn_jax.api import sparse_attention
 from sparse_attn_jax.block_bounds import bound_scores
+from sparse_attn_jax.page_tables import read_pages
 from sparse_attn_jax.paged_attention import paged_block_sparse_attention
 from sparse_attn_jax.paged_cache import PagedKVCache
 from sparse_attn_jax.quest_metadata import QuestMetadata
@@ -66,7 +67,10 @@ def create(batch, max_len, block_size=BLOCK, dtype="float32"):
 def assert_covers(metadata, key, length, row=0):
     """What lies in a row of the batch are the extrema of the first `length` of its keys."""
     assert metadata.covered_len[row] == length
-    for found, wanted in zip(metadata.read_blocks(), definition.extrema(np.asarray(key)[row], length, metadata.block_size)):
+    extrema = metadata.maximum, metadata.minimum
+    if metadata.block_tables is not None:
+        extrema = (read_pages(x, metadata.block_tables)[0] for x in extrema)
+    for found, wanted in zip(extrema, definition.extrema(np.asarray(key)[row], length, metadata.block_size)):
         np.testing.assert_array_equal(np.asarray(found, np.float64)[row, : len(wanted)], wanted)
 
 

@@ -59,12 +59,12 @@ def extrema(dtype: str, head_dim: int, block: int, **device: str) -> ExtremaProb
     return ExtremaProblem(batch=1, num_kv_heads=2, head_dim=head_dim, dtype=dtype, block_size=block, kv_len=4096, **device)
 
 
-CALLS = {
-    "attention, forward and backward": attention,
-    "selection": selection,
-    "paged attention": paged_attention,
-    "Quest's bounds": bounds,
-    "extrema of blocks": extrema,
+EXAMPLES = {
+    Problem: attention,
+    ScoringProblem: selection,
+    PagedProblem: paged_attention,
+    ExtremaProblem: extrema,
+    BoundProblem: bounds,
 }
 
 
@@ -79,7 +79,8 @@ def rows() -> list[tuple[str, ...]]:
 def rows_of_calls() -> list[tuple[str, ...]]:
     """What is done, and the rest of the row. The CUDA kernels of the simulator are all that there are."""
     found = []
-    for name, what in CALLS.items():
+    for kind, (name, _) in dispatch.CALLS.items():
+        what = EXAMPLES[kind]
         found += [(name, "`xla`", "any", *sizes, "CPU") for sizes in supported("xla", what, platform="cpu")]
         mosaic = supported("mosaic", what, platform="gpu", compute_capability="9.0")
         run = ", ".join(["CPU, interpreted", *(devices_of(["9.0"]) or [NO_GPU])])

@@ -94,6 +94,18 @@ class Call {
     return (*this)[name].element_count() == 0 ? nullptr : get<T>(name, dtype, std::move(shape));
   }
 
+  // The dtype of the array that a variant of the kernels is chosen by, after a check.
+  ffi::DataType input_dtype(const std::string& name) {
+    const auto dtype = (*this)[name].element_type();
+    check.require(dtype == ffi::DataType::BF16 || dtype == ffi::DataType::F16,
+                  (name + " must be bfloat16 or float16").c_str());
+    return dtype;
+  }
+  // The same, as the kernels name it.
+  Dtype kernel_dtype(const std::string& name) const {
+    return (*this)[name].element_type() == ffi::DataType::BF16 ? Dtype::kBFloat16 : Dtype::kFloat16;
+  }
+
 #if SPARSE_ATTN_HOST_SIM
   // What a launch may touch. Results start as NaN.
   std::vector<host_sim::Buffer> buffers() const {
@@ -154,9 +166,7 @@ inline AttentionInputs read_inputs(Call& call, const Attributes& attributes) {
   check.require(q_shape.size() == 4 && k_shape.size() == 4, "query and key need four dimensions");
   check.require(list_shape.size() == 4 && position_shape.size() == 2,
                 "blocks needs four dimensions, q_positions two");
-  const auto dtype = call["query"].element_type();
-  check.require(dtype == ffi::DataType::BF16 || dtype == ffi::DataType::F16,
-                "query must be bfloat16 or float16");
+  const auto dtype = call.input_dtype("query");
   if (check.error()) return in;
   const std::int64_t batch = q_shape[0], q_len = q_shape[1], num_q_heads = q_shape[2],
                      head_dim = q_shape[3];

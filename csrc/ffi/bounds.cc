@@ -23,9 +23,7 @@ ExtremaParams read_extrema(Call& call, const ExtremaAttributes& a) {
   check.require(shape.size() == 4 && block_shape.size() == 2 && result_shape.size() == 4,
                 "keys and maximum need four dimensions, blocks two");
   check.require(!is_paged || table_shape.size() == 2, "page_table needs two dimensions");
-  const auto dtype = call["keys"].element_type();
-  check.require(dtype == ffi::DataType::BF16 || dtype == ffi::DataType::F16,
-                "keys must be bfloat16 or float16");
+  const auto dtype = call.input_dtype("keys");
   check.require(a.block_size > 0, "block_size must be positive");
   if (check.error()) return p;
   const std::int64_t batch = result_shape[0], num_blocks = block_shape[1], heads = shape[2],
@@ -65,9 +63,8 @@ ffi::Error extrema(ffi::RemainingArgs args, ffi::RemainingRets rets, ExtremaAttr
   if (call.check.error()) return ffi::Error::InvalidArgument(*call.check.error());
   const ExtremaParams params = read_extrema(call, attributes);
   if (call.check.error()) return ffi::Error::InvalidArgument(*call.check.error());
-  const Dtype dtype =
-      call["keys"].element_type() == ffi::DataType::BF16 ? Dtype::kBFloat16 : Dtype::kFloat16;
-  return result_of(find_extrema(dtype, params, context_of(call, attributes.seed, stream...)));
+  return result_of(find_extrema(call.kernel_dtype("keys"), params,
+                                context_of(call, attributes.seed, stream...)));
 }
 
 struct BoundAttributes {
@@ -85,9 +82,7 @@ BoundParams read_bounds(Call& call, const BoundAttributes& a) {
   const bool is_paged = call["page_table"].element_count() > 0;
   check.require(q_shape.size() == 4 && shape.size() == 4, "query and maximum need four dimensions");
   check.require(!is_paged || table_shape.size() == 2, "page_table needs two dimensions");
-  const auto dtype = call["query"].element_type();
-  check.require(dtype == ffi::DataType::BF16 || dtype == ffi::DataType::F16,
-                "query must be bfloat16 or float16");
+  const auto dtype = call.input_dtype("query");
   check.require(a.reduction == "max" || a.reduction == "mean_bound" || a.reduction == "mean_q" ||
                     a.reduction == "none",
                 "reduction must be 'max', 'mean_bound', 'mean_q' or 'none'");
@@ -140,10 +135,8 @@ ffi::Error select(ffi::RemainingArgs args, ffi::RemainingRets rets, BoundAttribu
   if (call.check.error()) return ffi::Error::InvalidArgument(*call.check.error());
   const BoundParams params = read_bounds(call, attributes);
   if (call.check.error()) return ffi::Error::InvalidArgument(*call.check.error());
-  const auto& query = call["query"];
-  const Dtype dtype =
-      query.element_type() == ffi::DataType::BF16 ? Dtype::kBFloat16 : Dtype::kFloat16;
-  return result_of(select_by_bounds(dtype, static_cast<int>(query.dimensions()[3]), params,
+  const int head_dim = static_cast<int>(call["query"].dimensions()[3]);
+  return result_of(select_by_bounds(call.kernel_dtype("query"), head_dim, params,
                                     context_of(call, attributes.seed, stream...)));
 }
 

@@ -8,10 +8,8 @@ namespace sparse_attn {
 namespace {
 
 VariantKey key_of(const Call& call, const Attributes& attributes) {
-  const auto& query = call["query"];
-  return {attributes.arch,
-          query.element_type() == ffi::DataType::BF16 ? Dtype::kBFloat16 : Dtype::kFloat16,
-          static_cast<int>(query.dimensions()[3]), attributes.kv_block_size};
+  return {attributes.arch, call.kernel_dtype("query"),
+          static_cast<int>(call["query"].dimensions()[3]), attributes.kv_block_size};
 }
 
 template <class... Stream>

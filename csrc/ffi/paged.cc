@@ -25,9 +25,7 @@ PagedAttentionParams read_paged(Call& call, const PagedAttentionAttributes& a) {
   check.require(q_shape.size() == 4 && page_shape.size() == 4 && list_shape.size() == 4,
                 "query, key_pages and blocks need four dimensions");
   check.require(table_shape.size() == 2, "page_table needs two dimensions");
-  const auto dtype = call["query"].element_type();
-  check.require(dtype == ffi::DataType::BF16 || dtype == ffi::DataType::F16,
-                "query must be bfloat16 or float16");
+  const auto dtype = call.input_dtype("query");
   if (check.error()) return p;
   const std::int64_t batch = q_shape[0], q_len = q_shape[1], num_q_heads = q_shape[2],
                      head_dim = q_shape[3];
@@ -104,11 +102,7 @@ ffi::Error attend(ffi::RemainingArgs args, ffi::RemainingRets rets,
   if (call.check.error()) return ffi::Error::InvalidArgument(*call.check.error());
   const PagedAttentionParams params = read_paged(call, attributes);
   if (call.check.error()) return ffi::Error::InvalidArgument(*call.check.error());
-  const auto& query = call["query"];
-  const SelectionKey key = {
-      attributes.arch,
-      query.element_type() == ffi::DataType::BF16 ? Dtype::kBFloat16 : Dtype::kFloat16,
-      params.head_dim};
+  const SelectionKey key = {attributes.arch, call.kernel_dtype("query"), params.head_dim};
   if (params.batch == 0 || params.q_len == 0) return ffi::Error::Success();
   return result_of(paged_attention(key, params, context_of(call, attributes.seed, stream...)));
 }

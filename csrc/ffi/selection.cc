@@ -54,9 +54,7 @@ SelectionParams read_selection(Call& call, const SelectionAttributes& a) {
   check.require(q_shape.size() == 4 && unit_shape.size() == 4,
                 "query and compressed need four dimensions");
   check.require(position_shape.size() == 2, "positions needs two dimensions");
-  const auto dtype = call["query"].element_type();
-  check.require(dtype == ffi::DataType::BF16 || dtype == ffi::DataType::F16,
-                "query must be bfloat16 or float16");
+  const auto dtype = call.input_dtype("query");
   if (check.error()) return p;
   const std::int64_t batch = q_shape[0], q_len = q_shape[1], num_q_heads = q_shape[2],
                      head_dim = q_shape[3];
@@ -110,11 +108,8 @@ ffi::Error select(ffi::RemainingArgs args, ffi::RemainingRets rets, SelectionAtt
   if (call.check.error()) return ffi::Error::InvalidArgument(*call.check.error());
   const SelectionParams params = read_selection(call, attributes);
   if (call.check.error()) return ffi::Error::InvalidArgument(*call.check.error());
-  const auto& query = call["query"];
-  const SelectionKey key = {
-      attributes.arch,
-      query.element_type() == ffi::DataType::BF16 ? Dtype::kBFloat16 : Dtype::kFloat16,
-      static_cast<int>(query.dimensions()[3])};
+  const SelectionKey key = {attributes.arch, call.kernel_dtype("query"),
+                            static_cast<int>(call["query"].dimensions()[3])};
   return result_of(select_blocks(key, params, attributes.segment_blocks,
                                  context_of(call, attributes.seed, stream...)));
 }

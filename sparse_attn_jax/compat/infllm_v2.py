@@ -26,8 +26,9 @@ from sparse_attn_jax.compat.conventions import (
     soft_cap_of,
     window_of,
 )
+from sparse_attn_jax.page_tables import read_pages
 from sparse_attn_jax.paged_attention import paged_block_sparse_attention
-from sparse_attn_jax.paged_cache import PagedKVCache, load
+from sparse_attn_jax.paged_cache import PagedKVCache
 from sparse_attn_jax.query_chunks import map_chunks
 from sparse_attn_jax.selection import BlockSelection, num_blocks
 from sparse_attn_jax.selectors.dense import select_every_block
@@ -470,9 +471,8 @@ def _attend_copy(
       lists: int32 [batch, num_heads_k, seqlen_q, blocks], or `None` for all blocks.
     """
     batch, seqlen_q = q.shape[:2]
-    keys, values = (_read_pages(pages, block_tables) for pages in (key_pages, value_pages))
-    has_page = _find_pages(block_tables, key_pages.shape[0]) < key_pages.shape[0]
-    exists = has_page.repeat(key_pages.shape[1], axis=1) & (jnp.arange(keys.shape[1], dtype=jnp.int32) < kv_lens[:, None])
+    (keys, has_page), (values, _) = (read_pages(pages, block_tables) for pages in (key_pages, value_pages))
+    exists = has_page & (jnp.arange(keys.shape[1], dtype=jnp.int32) < kv_lens[:, None])
     options |= dict(query_segment_ids=jnp.ones((batch, seqlen_q), jnp.int32), key_value_segment_ids=exists.astype(jnp.int32))
     if lists is None:
         selection = select_every_block(seqlen_q, keys.shape[1], BLOCK_SIZE)
@@ -487,14 +487,3 @@ def _every_block(num_tokens: int, num_sequences: int, max_kv_len: int) -> BlockS
     rows = num_tokens // BLOCK_SIZE + num_sequences
     indices = jnp.broadcast_to(ids, (1, 1, rows, ids.size))
     return BlockSelection(indices, q_block_size=BLOCK_SIZE, kv_block_size=BLOCK_SIZE)
-
-
-def _read_pages(pages: jax.Array, block_tables: jax.Array) -> jax.Array:
-    """[num_pages, page_size, ...] and [batch, count] -> [batch, count * page_size, ...], zeros where there is no page."""
-    x = load(pages, (_find_pages(block_tables, pages.shape[0]),))
-    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *pages.shape[2:])
-
-
-def _find_pages(block_tables: jax.Array, num_pages: int) -> jax.Array:
-    """The tables with `num_pages` for no page."""
-    return jnp.where((block_tables >= 0) & (block_tables < num_pages), block_tables, num_pages)

@@ -1,6 +1,5 @@
 """`select_attn_ops` for Ascend: Quest's extrema of keys by block, kept in pages, and the choice of blocks for decoding."""
 
-import functools
 from typing import Any
 
 import jax
@@ -8,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_attn_jax import selection_checks as checks
+from sparse_attn_jax.block_bounds import bound_scores, stack_bounds
 from sparse_attn_jax.block_top_k import list_highest
-from sparse_attn_jax.page_tables import look_up
+from sparse_attn_jax.page_tables import look_up, read_pages
 from sparse_attn_jax.quest_metadata import QuestMetadata
 from sparse_attn_jax.selection import num_blocks
 from sparse_attn_jax.validation import is_array, require
@@ -168,8 +168,10 @@ def quest_block_select_paged_w(
     require(is_multiple, "query", query, f"of a multiple of {num_kv_heads} heads, those of `maxblocks`")
     num_unlisted = _check_update(tokens_since_metadata_update, batch, block_size, k)
 
-    metadata = QuestMetadata(maxblocks, minblocks, seq_lens, metadata_block_tables, block_size=block_size)
-    scores = _bounds(query, metadata)
+    query, maxblocks, minblocks = jax.lax.stop_gradient((query, maxblocks, minblocks))
+    (maximum, has_page), (minimum, _) = (read_pages(x, metadata_block_tables) for x in (maxblocks, minblocks))
+    scores = bound_scores(query[:, None], stack_bounds(maximum, minimum), "mean_q")[..., 0]
+    scores = jnp.where(has_page[:, None], scores, -jnp.inf)
     # Blocks since the update may lie behind all that the tables have room for.
     scores = jnp.pad(scores, ((0, 0), (0, 0), (0, num_unlisted)), constant_values=-jnp.inf)
     block = jnp.arange(scores.shape[2], dtype=jnp.int32)
@@ -205,19 +207,6 @@ def quest_block_select_paged_in_out_w(
     """
     tables = metadata_block_tables, seq_lens, tokens_since_metadata_update
     return quest_block_select_paged_w(query, maxblocks, minblocks, *tables, _size_of(selected_indices, query, maxblocks))
-
-
-def _bounds(query: jax.Array, metadata: QuestMetadata) -> jax.Array:
-    """float32 [batch, num_kv_heads, blocks that the tables have room for], -inf where they have no page."""
-    maximum, minimum, has_page = jax.lax.stop_gradient(metadata.read_blocks())
-    batch, _, head_dim = query.shape
-    mean = jax.lax.stop_gradient(query).astype(jnp.float32)
-    mean = mean.reshape(batch, maximum.shape[2], -1, head_dim).mean(axis=2)
-    # Maxima are not below minima, so the larger product is the maximum's if the channel is positive, else the minimum's.
-    sides = (jnp.maximum(mean, 0), maximum), (jnp.minimum(mean, 0), minimum)
-    product = functools.partial(jnp.einsum, "bnd,bknd->bnk", precision=jax.lax.Precision.HIGHEST)
-    scores = sum(product(part, extrema.astype(jnp.float32)) for part, extrema in sides)
-    return jnp.where(has_page[:, None], scores, -jnp.inf)
 
 
 def _check_metadata(maxblocks, minblocks, block_size: int, num_kv_heads: int, head_dim: int, *, like: str, dtype: Any) -> None:

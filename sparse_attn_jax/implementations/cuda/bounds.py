@@ -27,18 +27,7 @@ def _extrema_entry_point(is_paged: bool, dtype: str) -> EntryPoint:
 def find_extrema(
     problem: ExtremaProblem, key: jax.Array, block_tables: jax.Array | None, blocks: jax.Array, lengths: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Maximum and minimum of the channels of blocks of keys, over the tokens before a length.
-
-    Args:
-      problem: static description.
-      key: [batch, kv_len, num_kv_heads, head_dim], or with tables [num_pages, page_size, num_kv_heads, head_dim].
-      block_tables: int32 [batch, max_pages], or `None`.
-      blocks: int32 [batch, n], at least 0.
-      lengths: int32 [batch].
-
-    Returns:
-      [batch, n, num_kv_heads, head_dim] each, dtype of key; -inf and inf for a block without a token.
-    """
+    """As `implementations.xla.bounds.find_extrema`."""
     library.load(problem.platform)
     call = _extrema_entry_point(block_tables is not None, problem.dtype)
     attributes = dict(block_size=np.int32(problem.block_size), seed=library.seed())
@@ -62,11 +51,7 @@ def _entry_point(is_paged: bool, list_heads: str) -> EntryPoint:
 
 
 def select_by_bounds(problem: BoundProblem, operands: BoundOperands) -> jax.Array:
-    """The blocks that are kept and those with the highest bounds, see `BoundOperands`.
-
-    Returns:
-      int32 [batch, num_kv_heads (num_q_heads if `group` is `None`), q_len, top_k], ascending, -1 last.
-    """
+    """As `implementations.xla.bounds.select_by_bounds`."""
     heads = problem.num_q_heads if problem.group is None else problem.num_kv_heads
     if problem.num_blocks == 0:
         return jnp.full((problem.batch, heads, problem.q_len, problem.top_k), -1, jnp.int32)

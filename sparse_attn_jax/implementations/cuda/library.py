@@ -23,6 +23,7 @@ from sparse_attn_jax.bound_problem import BoundProblem, ExtremaProblem
 from sparse_attn_jax.implementations.cuda import host_sim
 from sparse_attn_jax.paged_problem import PagedProblem
 from sparse_attn_jax.problem import Problem
+from sparse_attn_jax.problems import AnyProblem
 from sparse_attn_jax.scoring_problem import ScoringProblem
 
 ATTENTION_FORWARD = "sparse_attn_attention_forward"
@@ -66,7 +67,6 @@ KERNELS = {
     ExtremaProblem: "bounds",
     BoundProblem: "bounds",
 }
-AnyProblem = Problem | ScoringProblem | PagedProblem | ExtremaProblem | BoundProblem
 
 
 @dataclasses.dataclass(frozen=True)

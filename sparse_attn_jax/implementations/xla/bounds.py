@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from sparse_attn_jax import jax_compat
 from sparse_attn_jax.block_bounds import block_extrema, bound_scores, list_by_limits, read_blocks, stack_bounds
 from sparse_attn_jax.bound_problem import BoundOperands, BoundProblem, ExtremaProblem
-from sparse_attn_jax.page_tables import look_up
+from sparse_attn_jax.page_tables import read_pages
 
 
 def find_extrema(
@@ -35,21 +35,11 @@ def select_by_bounds(problem: BoundProblem, operands: BoundOperands) -> jax.Arra
       int32 [batch, num_kv_heads (num_q_heads if `group` is `None`), q_len, top_k], ascending, -1 last.
     """
     extrema, has_place = (operands.maximum, operands.minimum), None
-    if problem.page_rows is not None:
-        extrema, has_place = _read_pages(problem, operands)
+    if operands.block_tables is not None:
+        bits = (read_pages(jax_compat.to_bits(x), operands.block_tables) for x in extrema)
+        (maximum, has_place), (minimum, _) = bits
+        extrema = (jax_compat.from_bits(x, operands.maximum.dtype) for x in (maximum, minimum))
     scores = bound_scores(operands.query, stack_bounds(*extrema), problem.group)
     if has_place is not None:
         scores = jnp.where(has_place[:, None, :, None], scores, -jnp.inf)
     return list_by_limits(scores, operands.limits, problem.top_k).swapaxes(2, 3)
-
-
-def _read_pages(problem: BoundProblem, operands: BoundOperands) -> tuple[list[jax.Array], jax.Array]:
-    """The extrema of every block there is room for, [batch, num_blocks, ...], and which lie in a page, [batch, num_blocks]."""
-    tables = operands.block_tables
-    num_pages = operands.maximum.shape[0]
-    pages = look_up(tables, jnp.broadcast_to(jnp.arange(tables.shape[1], dtype=jnp.int32), tables.shape), num_pages)
-    extrema = []
-    for x in (operands.maximum, operands.minimum):
-        found = jax_compat.to_bits(x).at[pages].get(mode="fill", fill_value=0)
-        extrema.append(jax_compat.from_bits(found, x.dtype).reshape(problem.batch, problem.num_blocks, *x.shape[2:]))
-    return extrema, jnp.repeat(pages < num_pages, problem.page_rows, axis=1)
