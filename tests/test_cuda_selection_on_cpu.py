@@ -279,6 +279,7 @@ def test_sharding_by_batch_and_heads_needs_no_collectives(reduction):
     np.testing.assert_array_equal(found, run(call))
 
 
+@pytest.mark.parametrize("kernels_of_arch", ["sm90"], indirect=True)
 def test_lists_for_which_only_one_token_has_room():
     """The SM90 kernel has two tokens at least, and leaves such calls to that of SM80."""
     assert_as_defined(make_call(2, 1, 1, kv_len=44_000, block_size=4, kernel_size=4, kernel_stride=4, top_k=10_000))
