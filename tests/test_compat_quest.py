@@ -168,6 +168,17 @@ def test_absent_blocks_do_not_outdo_negative_scores():
     np.testing.assert_array_equal(found, [[[0, 1]] * NUM_KV_HEADS])
 
 
+@pytest.mark.parametrize("bad_page", [-1, 4, -(2**31), 2**31 - 1])
+def test_blocks_of_metadata_that_has_no_page_are_not_chosen_by_score(bad_page):
+    """Two of three blocks of metadata have none; zeros in their place would outdo the scores of the others, all negative."""
+    shape = (4, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM)
+    table = jnp.asarray([[bad_page, 2, bad_page]], jnp.int32)
+    lengths = jnp.asarray([3 * BLOCK_SIZE**2], jnp.int32)
+    arrays = jnp.ones((1, NUM_HEADS, HEAD_DIM)), jnp.full(shape, -1.0), jnp.full(shape, -2.0), table, lengths
+    found = compile_fast(lambda *arrays: quest_block_select_paged(*arrays, 3))(*arrays)
+    np.testing.assert_array_equal(found, [[[4, 5, 6]] * NUM_KV_HEADS])
+
+
 def test_a_negative_length_is_an_empty_request():
     shape = (1, 4, 1, 8)
     metadata = jnp.ones(shape), jnp.ones(shape), jnp.zeros((2, 1), jnp.int32)
