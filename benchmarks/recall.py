@@ -49,7 +49,8 @@ def run(methods: Sequence[Method], patterns: Sequence[Pattern]) -> tuple[list[Ro
             for budget in budgets:
                 bar.step(f"{method.name} {budget} on {pattern.name}")
                 attend, sizes = method.prepare(pattern, budget)
-                rows.append(Row(method.name, budget, pattern.name, measure(pattern, dense, attend, *sizes)))
+                recall = measure(pattern, dense, attend, *sizes, method.counted(pattern))
+                rows.append(Row(method.name, budget, pattern.name, recall))
                 # The last pattern that a method takes is not the one that shows most.
                 if budget == budgets[len(budgets) // 2] and pattern.name in ("drift", "field"):
                     pictures[method.name] = keys_seen(pattern, attend)

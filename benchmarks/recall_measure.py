@@ -60,7 +60,17 @@ def attend_densely(pattern: Pattern) -> Dense:
 Attend = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
-def measure(pattern: Pattern, dense: Dense, attend: Attend, q_block_size: int, kv_block_size: int) -> Recall:
+@dataclasses.dataclass(frozen=True)
+class Counted:
+    """What of a pattern is measured: layers are the rows of its batch."""
+
+    layers: slice = slice(None)
+    queries: slice = slice(None)
+
+
+def measure(
+    pattern: Pattern, dense: Dense, attend: Attend, q_block_size: int, kv_block_size: int, counted: Counted = Counted()
+) -> Recall:
     """What a method keeps of a pattern.
 
     Args:
@@ -69,16 +79,20 @@ def measure(pattern: Pattern, dense: Dense, attend: Attend, q_block_size: int, k
       attend: the method's, with its selection for the pattern's query.
       q_block_size: queries that the method gives one list.
       kv_block_size: keys of a block of it.
+      counted: the queries whose attention is looked at.
     """
-    out, lse = attend(pattern.query, pattern.value)
+    where = counted.layers, counted.queries
+    out, lse = (x[where] for x in attend(pattern.query, pattern.value))
     _, log_count = attend(jnp.zeros_like(pattern.query), pattern.value)
-    counts = np.asarray(jnp.exp(log_count).swapaxes(1, 2), np.float64)  # [batch, heads, length]
-    seen = np.arange(1, counts.shape[-1] + 1) if pattern.is_causal else counts.shape[-1]
+    counts = np.asarray(jnp.exp(log_count[where]).swapaxes(1, 2), np.float64)  # [layers, heads, queries]
+    probabilities = dense.probabilities[counted.layers, :, counted.queries]
+    seen = np.ones(probabilities.shape[-1:] * 2)
+    seen = (np.tril(seen) if pattern.is_causal else seen)[counted.queries]  # [queries, length]
     return Recall(
-        mass=float(jnp.exp(lse - dense.lse).mean()),
-        best_mass=best_mass(dense.probabilities, counts, q_block_size, kv_block_size, pattern.is_causal),
-        density=float((counts / seen).mean()),
-        error=float(jnp.linalg.norm(out - dense.out) / jnp.linalg.norm(dense.out)),
+        mass=float(jnp.exp(lse - dense.lse[where]).mean()),
+        best_mass=best_mass(probabilities, counts, seen, q_block_size, kv_block_size),
+        density=float((counts / seen.sum(axis=-1)).mean()),
+        error=float(jnp.linalg.norm(out - dense.out[where]) / jnp.linalg.norm(dense.out[where])),
     )
 
 
@@ -90,13 +104,19 @@ def keys_seen(pattern: Pattern, attend: Attend) -> np.ndarray:
     return np.asarray(out[-1].swapaxes(0, 1) > 0)
 
 
-def best_mass(probabilities: np.ndarray, counts: np.ndarray, q_block_size: int, kv_block_size: int, is_causal: bool) -> float:
-    """The mass of the blocks with the most mass per key, up to as many keys as a method's rows have, the last one in part."""
-    length = probabilities.shape[-1]
-    rows, columns = np.arange(0, length, q_block_size), np.arange(0, length, kv_block_size)
+def best_mass(probabilities: np.ndarray, counts: np.ndarray, seen: np.ndarray, q_block_size: int, kv_block_size: int) -> float:
+    """The mass of the blocks with the most mass per key, up to as many keys as a method's rows have, the last one in part.
+
+    Args:
+      probabilities: [layers, heads, queries, length].
+      counts: [layers, heads, queries], the keys that a method reads.
+      seen: [queries, length], 1 where dense attention sees a key.
+      q_block_size: queries of a row.
+      kv_block_size: keys of a block.
+    """
+    rows, columns = (np.arange(0, n, step) for n, step in zip(seen.shape, (q_block_size, kv_block_size)))
     total = functools.partial(np.add.reduceat, axis=-2)
-    mass = total(np.add.reduceat(probabilities, columns, axis=-1), rows)  # [batch, heads, rows, blocks]
-    seen = np.tril(np.ones((length, length))) if is_causal else np.ones((length, length))
+    mass = total(np.add.reduceat(probabilities, columns, axis=-1), rows)  # [layers, heads, rows, blocks]
     size = total(np.add.reduceat(seen, columns, axis=-1), rows)  # [rows, blocks]
     budget = np.add.reduceat(counts, rows, axis=-1)[..., None]
     per_key = np.where(size > 0, mass / np.maximum(size, 1), -1.0)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 import sparse_attn_jax as sa
 from benchmarks.recall_inputs import GRID, Pattern
-from benchmarks.recall_measure import Attend
+from benchmarks.recall_measure import Attend, Counted
 from sparse_attn_jax import selectors
 from sparse_attn_jax.selectors import InfLLMV2
 
@@ -27,6 +27,7 @@ class Method:
       arrays: what it is called with in place of query and key.
       takes_lines: whether it is for causal sequences of tokens.
       takes_grids: whether it is for pictures.
+      counted: what of a pattern is measured.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Method:
     arrays: Callable[[Pattern], tuple[jax.Array, ...]] = lambda pattern: (pattern.query, pattern.key)
     takes_lines: bool = True
     takes_grids: bool = False
+    counted: Callable[[Pattern], Counted] = lambda pattern: Counted()
 
     def takes(self, pattern: Pattern) -> bool:
         return self.takes_grids if pattern.shape else self.takes_lines
@@ -112,6 +114,60 @@ def _vertical_slash(num: int) -> Select:
     return selectors.VerticalSlash(num_vertical=num, num_slash=num, num_forced_columns=16, num_forced_diagonals=32)
 
 
+# Policies of KV caches choose once the first half of a sequence is there, and the queries of the second half are measured.
+
+
+def _prompt_len(key: jax.Array) -> int:
+    return -(-key.shape[1] // 2)
+
+
+def _second_half(pattern: Pattern) -> Counted:
+    return Counted(queries=slice(_prompt_len(pattern.key), None))
+
+
+def _keep_of_prompt(keep: Callable[[jax.Array, jax.Array], jax.Array]) -> Select:
+    """A selection for ids [batch, num_kv_heads or 1, num_kept] of a prompt: what follows it sees them, and all that follows."""
+
+    def select(query: jax.Array, key: jax.Array, *, is_causal: bool) -> sa.BlockSelection:
+        del is_causal  # they are for decoding
+        prompt_len, length = _prompt_len(key), key.shape[1]
+        ids = keep(query[:, :prompt_len], key[:, :prompt_len])
+        after = jnp.broadcast_to(jnp.arange(prompt_len, length, dtype=jnp.int32), (*ids.shape[:2], length - prompt_len))
+        after = jnp.concatenate([ids, after], axis=-1)
+        prompt = jnp.broadcast_to(jnp.arange(after.shape[-1], dtype=jnp.int32), after.shape)
+        prompt = jnp.where(prompt < length, prompt, -1)
+        return sa.BlockSelection(jnp.stack([prompt, after], axis=2), q_block_size=prompt_len, kv_block_size=1)
+
+    return select
+
+
+def _snapkv(num_kept: int) -> Select:
+    return _keep_of_prompt(lambda query, key: sa.snapkv_keep(query, key, capacity=num_kept))
+
+
+def _zipvl(threshold: float) -> Select:
+    """The probe is the prompt's last queries."""
+    return _keep_of_prompt(lambda query, key: sa.zipvl_keep(query[:, -64:], key, threshold=threshold)[0][:, None])
+
+
+def _delta(num_pages: int) -> Select:
+    """Every query reads what the same query of the first layer would."""
+
+    @jax.jit
+    def pages(query: jax.Array, key: jax.Array) -> jax.Array:
+        def of_step(i):
+            one = jax.lax.dynamic_slice_in_dim(query[:1], i, 1, axis=1)
+            return sa.delta_pages(one, key[:1], num_pages=num_pages, num_recent=num_pages // 4, q_offset=i)[0]
+
+        return jax.lax.map(of_step, jnp.arange(query.shape[1], dtype=jnp.int32))
+
+    def select(query: jax.Array, key: jax.Array, *, is_causal: bool) -> sa.BlockSelection:
+        del is_causal  # it is for decoding
+        return sa.BlockSelection(pages(query, key)[None, None], q_block_size=1, kv_block_size=16)
+
+    return select
+
+
 METHODS = (
     Method("SlidingWindow", _budgets("tokens", lambda n: selectors.SlidingWindow(n, num_sinks=16), 128, 256, 512)),
     Method("AShape", _budgets("local tokens", lambda n: selectors.AShape(64, n), 128, 256, 512)),
@@ -171,5 +227,13 @@ METHODS = (
         _budgets("regions", lambda n: selectors.BiLevelRouting(GRID, num_regions=8, top_k=n), 4, 8, 16),
         takes_lines=False,
         takes_grids=True,
+    ),
+    Method("snapkv_keep", _budgets("of 1,024 tokens", _snapkv, 64, 128, 256), counted=_second_half),
+    Method("zipvl_keep", _budgets("of the mass", _zipvl, 0.5, 0.8, 0.95), counted=_second_half),
+    Method(
+        "delta_pages",
+        _budgets("pages of 16", _delta, 8, 16, 32),
+        # A layer that follows, where there is one.
+        counted=lambda pattern: Counted(layers=slice(-1, None)),
     ),
 )

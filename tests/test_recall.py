@@ -13,7 +13,7 @@ import pytest
 import sparse_attn_jax as sa
 from benchmarks import recall_docs
 from benchmarks.recall_inputs import Pattern, Sizes, make_drift, make_field, make_needles, make_strides
-from benchmarks.recall_measure import Recall, attend_densely, best_mass, keys_seen, measure
+from benchmarks.recall_measure import Counted, Recall, attend_densely, best_mass, keys_seen, measure
 from benchmarks.recall_methods import METHODS, Method
 from sparse_attn_jax import selectors
 
@@ -51,24 +51,57 @@ def test_a_window_keeps_the_mass_of_its_keys():
     np.testing.assert_array_equal(keys_seen(made, attend), np.broadcast_to(seen, (2, 96, 96)))
 
 
+def test_only_what_counts_is_measured():
+    """Of two layers the last, whose queries are zeros, from query 60 on."""
+    one, noise = pattern(), jnp.zeros_like(pattern().query)
+    both = {name: jnp.concatenate([x, x]) for name, x in dict(key=one.key, value=one.value).items()}
+    made = dataclasses.replace(one, query=jnp.concatenate([one.query, noise]), **both)
+    attend, sizes = window(20).prepare(made, "only")
+    found = measure(made, attend_densely(made), attend, *sizes, Counted(slice(-1, None), slice(60, None)))
+    share = (20 / np.arange(61, 97)).mean()
+    assert (found.mass, found.density) == pytest.approx((share, share), rel=1e-4)
+    assert found.best_mass == pytest.approx(share, rel=1e-4)
+    value = np.asarray(one.value[0, :, 0])
+    out, dense = (np.stack([value[max(0, i + 1 - size) : i + 1].mean(0) for i in range(60, 96)]) for size in (20, 96))
+    assert found.error == pytest.approx(np.linalg.norm(out - dense) / np.linalg.norm(dense), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["snapkv_keep", "zipvl_keep"])
+def test_what_follows_a_prompt_sees_what_a_policy_kept_of_it(name):
+    """And itself, and the tokens between."""
+    made = make_drift(np.random.default_rng(0), dataclasses.replace(SIZES, length=301, num_q_heads=4, num_kv_heads=2))
+    (method,) = (method for method in METHODS if method.name == name)
+    attend, _ = method.prepare(made, next(iter(method.budgets)))
+    prompt = made.query[:, :151], made.key[:, :151]
+    ids = sa.snapkv_keep(*prompt, capacity=64)
+    if name == "zipvl_keep":
+        ids = jnp.broadcast_to(sa.zipvl_keep(prompt[0][:, -64:], prompt[1], threshold=0.5)[0], (1, 2, 151))
+    i, j = np.ogrid[151:301, :301]
+    kept = np.stack([np.isin(np.arange(301), ids[0, head]) for head in (0, 0, 1, 1)])
+    assert 10 < kept.sum(-1).min() and kept.sum(-1).max() < 140
+    np.testing.assert_array_equal(keys_seen(made, attend)[:, 151:], kept[:, None] | ((j > 150) & (j <= i)))
+
+
 def test_best_blocks_are_those_of_the_most_mass_per_key():
     probabilities = np.random.default_rng(0).dirichlet(np.full(8, 0.3), (1, 1, 8))
     # Two queries a row and two keys a block, of which each row may read 4 keys per query: the two best blocks.
     counts = np.full((1, 1, 8), 4.0)
     blocks = probabilities.reshape(4, 2, 4, 2).sum((1, 3))
     expected = np.sort(blocks)[:, -2:].sum() / 8
-    assert best_mass(probabilities, counts, 2, 2, is_causal=False) == pytest.approx(expected)
+    seen = np.ones((8, 8))
+    assert best_mass(probabilities, counts, seen, 2, 2) == pytest.approx(expected)
     # Half a block more is half of its mass.
     expected += 0.5 * np.sort(blocks)[:, -3].sum() / 8
-    assert best_mass(probabilities, counts + 1, 2, 2, is_causal=False) == pytest.approx(expected)
+    assert best_mass(probabilities, counts + 1, seen, 2, 2) == pytest.approx(expected)
 
 
 def test_best_blocks_of_a_causal_pattern_count_what_can_be_seen():
     probabilities = np.tril(np.ones((4, 4)))
     probabilities = (probabilities / probabilities.sum(1, keepdims=True))[None, None]
     counts = np.arange(1, 5.0)[None, None]
-    assert best_mass(probabilities, counts, 1, 2, is_causal=True) == pytest.approx(1)
-    assert best_mass(probabilities, counts / 2, 1, 2, is_causal=True) == pytest.approx(0.5)
+    seen = np.tril(np.ones((4, 4)))
+    assert best_mass(probabilities, counts, seen, 1, 2) == pytest.approx(1)
+    assert best_mass(probabilities, counts / 2, seen, 1, 2) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("make", [make_needles, make_strides, make_drift, make_field])
@@ -77,8 +110,9 @@ def test_patterns_have_structure(make):
     made = make(np.random.default_rng(0), Sizes(length=512))
     dense = attend_densely(made)
     counts = np.full(made.query.shape[2:0:-1], 64.0)[None]
+    seen = np.tril(np.ones(counts.shape[-1:] * 2)) if made.is_causal else np.ones(counts.shape[-1:] * 2)
     noise = dataclasses.replace(made, query=jax.random.normal(jax.random.key(0), made.query.shape))
-    best = [best_mass(x.probabilities, counts, 1, 16, made.is_causal) for x in (dense, attend_densely(noise))]
+    best = [best_mass(x.probabilities, counts, seen, 1, 16) for x in (dense, attend_densely(noise))]
     assert best[0] > 1.2 * best[1]
     assert jnp.isfinite(dense.out).all()
 
