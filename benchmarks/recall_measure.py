@@ -62,10 +62,10 @@ Attend = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 @dataclasses.dataclass(frozen=True)
 class Counted:
-    """What of a pattern is measured: layers are the rows of its batch."""
+    """What of a pattern is measured: from which row of its batch on, which are layers, and from which query."""
 
-    layers: slice = slice(None)
-    queries: slice = slice(None)
+    first_layer: int = 0
+    first_query: int = 0
 
 
 def measure(
@@ -81,13 +81,13 @@ def measure(
       kv_block_size: keys of a block of it.
       counted: the queries whose attention is looked at.
     """
-    where = counted.layers, counted.queries
+    layers, queries = where = np.s_[counted.first_layer :, counted.first_query :]
     out, lse = (x[where] for x in attend(pattern.query, pattern.value))
     _, log_count = attend(jnp.zeros_like(pattern.query), pattern.value)
     counts = np.asarray(jnp.exp(log_count[where]).swapaxes(1, 2), np.float64)  # [layers, heads, queries]
-    probabilities = dense.probabilities[counted.layers, :, counted.queries]
+    probabilities = dense.probabilities[layers, :, queries]
     seen = np.ones(probabilities.shape[-1:] * 2)
-    seen = (np.tril(seen) if pattern.is_causal else seen)[counted.queries]  # [queries, length]
+    seen = (np.tril(seen) if pattern.is_causal else seen)[queries]  # [queries, length]
     return Recall(
         mass=float(jnp.exp(lse - dense.lse[where]).mean()),
         best_mass=best_mass(probabilities, counts, seen, q_block_size, kv_block_size),

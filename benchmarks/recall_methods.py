@@ -122,7 +122,7 @@ def _prompt_len(key: jax.Array) -> int:
 
 
 def _second_half(pattern: Pattern) -> Counted:
-    return Counted(queries=slice(_prompt_len(pattern.key), None))
+    return Counted(first_query=_prompt_len(pattern.key))
 
 
 def _keep_of_prompt(keep: Callable[[jax.Array, jax.Array], jax.Array]) -> Select:
@@ -234,6 +234,6 @@ METHODS = (
         "delta_pages",
         _budgets("pages of 16", _delta, 8, 16, 32),
         # A layer that follows, where there is one.
-        counted=lambda pattern: Counted(layers=slice(-1, None)),
+        counted=lambda pattern: Counted(first_layer=pattern.key.shape[0] - 1),
     ),
 )

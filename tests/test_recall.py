@@ -57,7 +57,7 @@ def test_only_what_counts_is_measured():
     both = {name: jnp.concatenate([x, x]) for name, x in dict(key=one.key, value=one.value).items()}
     made = dataclasses.replace(one, query=jnp.concatenate([one.query, noise]), **both)
     attend, sizes = window(20).prepare(made, "only")
-    found = measure(made, attend_densely(made), attend, *sizes, Counted(slice(-1, None), slice(60, None)))
+    found = measure(made, attend_densely(made), attend, *sizes, Counted(first_layer=1, first_query=60))
     share = (20 / np.arange(61, 97)).mean()
     assert (found.mass, found.density) == pytest.approx((share, share), rel=1e-4)
     assert found.best_mass == pytest.approx(share, rel=1e-4)
