@@ -54,6 +54,10 @@ struct PagedAttentionConfig {
   static_assert(kStatisticsBytes + kSumsBytes <= kQueryBytes + kRingBytes);
 };
 
+struct alignas(16) Quad {
+  float x[4];
+};
+
 // The sums of the warps that share rows, in shared memory.
 template <class Config>
 class WarpSums {
@@ -113,9 +117,6 @@ class WarpSums {
   struct alignas(8) Pair {
     float low, high;
   };
-  struct alignas(16) Quad {
-    float x[4];
-  };
 
   __device__ std::uint32_t sums() const { return base_ + Config::kStatisticsBytes; }
   __device__ Statistics of_warp(int warp, int row) const {
@@ -158,9 +159,6 @@ class PagedResults {
   }
 
  private:
-  struct alignas(16) Quad {
-    float x[4];
-  };
   struct alignas(8) Halves {
     std::uint32_t low, high;
   };
