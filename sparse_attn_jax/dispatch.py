@@ -84,19 +84,21 @@ def explain(problem: AnyProblem, implementation: str | Sequence[str] | None) -> 
 
 
 def choose(problem: AnyProblem, implementation: str | Sequence[str] | None) -> str:
-    """The first implementation asked for that can run `problem`, forward and backward.
+    """The first implementation asked for that can run `problem`, forward and backward. Those after it are not asked.
 
     Raises:
       ValueError: an unknown name.
       NotImplementedError: none of those asked for can; with every reason.
     """
-    explanation = explain(problem, implementation)
-    if explanation.implementation is None:
-        reasons = "; ".join(f"{name}: {reason}" for name, rs in explanation.reasons.items() for reason in rs)
-        raise NotImplementedError(f"`implementation` is {implementation!r}, which cannot run this call. {reasons}. {problem}")
-    if implementation is None:
-        _log_once(str(explanation))
-    return explanation.implementation
+    reasons: dict[str, tuple[str, ...]] = {}
+    for name in requested_names(implementation, problem):
+        reasons[name] = reasons_against(name, problem)
+        if not reasons[name]:
+            if implementation is None:
+                _log_once(str(Explanation(name, reasons, problem)))
+            return name
+    text = "; ".join(f"{name}: {reason}" for name, rs in reasons.items() for reason in rs)
+    raise NotImplementedError(f"`implementation` is {implementation!r}, which cannot run this call. {text}. {problem}")
 
 
 @functools.cache

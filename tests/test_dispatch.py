@@ -51,6 +51,18 @@ def test_sequence_takes_the_first_that_can_run():
         sa.block_sparse_attention(*arguments(), implementation=("cuda", "mosaic"))
 
 
+def test_those_after_the_choice_are_not_asked(monkeypatch):
+    """A library that does not load harms nobody who does without it."""
+
+    def fail(problem):
+        raise RuntimeError("another jaxlib")
+
+    monkeypatch.setattr(dispatch.cuda, "supports", fail)
+    sa.block_sparse_attention(*arguments(), implementation=("xla", "cuda"))
+    with pytest.raises(RuntimeError, match="another jaxlib"):
+        sa.block_sparse_attention(*arguments(), implementation=("cuda", "xla"))
+
+
 @pytest.mark.parametrize("name", ["triton", "", (), ("xla", "triton")])
 def test_unknown_implementation_is_a_value_error(name):
     with pytest.raises(ValueError, match="`implementation`"):
