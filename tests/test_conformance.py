@@ -83,7 +83,7 @@ def simulator(implementation, request):
 
 
 def shortened(case: Case) -> Case:
-    """The case for a slow interpreter: two tiles or more, two blocks of 128 keys or less."""
+    """The case for a slow interpreter: most have two tiles left, and two blocks of 128 keys."""
     most = max(320 * case.num_kv_heads // case.num_q_heads, 8)
     return dataclasses.replace(case, q_len=min(case.q_len, 70, most), kv_len=min(case.kv_len, 150))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sparse_attn_jax.implementations.cuda import host_sim
-from tools.mutants.build import LISTS, with_few_variants
+from tools.mutants.build import write_few_variants
 
 pytestmark = pytest.mark.kernels
 
@@ -62,8 +62,7 @@ def test_kernels_under_the_sanitizers(cpp_compiler):
         run(cpp_compiler, f"-print-file-name={name}").strip() for name in ("libasan.so", "libubsan.so", "libstdc++.so.6")
     )
     few = host_sim.ROOT / "build" / "few_variants"
-    (few / LISTS).parent.mkdir(parents=True, exist_ok=True)
-    (few / LISTS).write_text(with_few_variants((CSRC / LISTS).read_text()))
+    write_few_variants(few)
     flags = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DSPARSE_ATTN_FLOAT16=0")
     library = host_sim.build((*flags, f"-I{few}"))
     settings = dict(LD_PRELOAD=":".join(runtimes), ASAN_OPTIONS="detect_leaks=0", SPARSE_ATTN_HOST_SIM=str(library))

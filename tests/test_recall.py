@@ -82,6 +82,21 @@ def test_what_follows_a_prompt_sees_what_a_policy_kept_of_it(name):
     np.testing.assert_array_equal(keys_seen(made, attend)[:, 151:], kept[:, None] | ((j > 150) & (j <= i)))
 
 
+def test_later_layers_read_the_pages_of_the_first():
+    """Of the same query; the second layer alone counts."""
+    made, other = (make_drift(np.random.default_rng(seed), dataclasses.replace(SIZES, length=300)) for seed in (0, 1))
+    arrays = {name: jnp.concatenate([getattr(made, name), getattr(other, name)]) for name in ("query", "key", "value")}
+    (method,) = (method for method in METHODS if method.name == "delta_pages")
+    both = dataclasses.replace(made, **arrays)
+    assert method.counted(both) == Counted(first_layer=1) and method.counted(made) == Counted()
+    attend, sizes = method.prepare(both, next(iter(method.budgets)))
+    assert sizes == (1, 16)
+    seen = keys_seen(both, attend)[0]
+    for i in (40, 200, 299):
+        pages = sa.delta_pages(made.query[:, i : i + 1], made.key, num_pages=8, num_recent=2, q_offset=i)[0]
+        np.testing.assert_array_equal(seen[i], np.isin(np.arange(300) // 16, pages) & (np.arange(300) <= i))
+
+
 def test_best_blocks_are_those_of_the_most_mass_per_key():
     probabilities = np.random.default_rng(0).dirichlet(np.full(8, 0.3), (1, 1, 8))
     # Two queries a row and two keys a block, of which each row may read 4 keys per query: the two best blocks.

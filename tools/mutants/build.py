@@ -43,6 +43,13 @@ def with_few_variants(source: str) -> str:
     return text
 
 
+def write_few_variants(folder: Path) -> None:
+    """Makes `folder` one that, before csrc among those of includes, leaves few variants to compile."""
+    few = folder / LISTS
+    few.parent.mkdir(parents=True, exist_ok=True)
+    few.write_text(with_few_variants((CSRC / LISTS).read_text()))
+
+
 @dataclasses.dataclass(frozen=True)
 class Objects:
     """The parts of the library, compiled to `folder`."""
@@ -52,9 +59,7 @@ class Objects:
     def compile_all(self) -> Path:
         """Compiles everything; returns the unchanged library."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        few = self.folder / "few" / LISTS
-        few.parent.mkdir(parents=True, exist_ok=True)
-        few.write_text(with_few_variants((CSRC / LISTS).read_text()))
+        write_few_variants(self.folder / "few")
         (self.folder / "switch.cc").write_text(f'extern "C" int {SWITCH};\nint {SWITCH} = 0;\n')
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             for error in pool.map(lambda source: self.compile(source, self.object_of(source), self.folder), self.sources()):
