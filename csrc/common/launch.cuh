@@ -101,25 +101,25 @@ Status launch(void (*kernel)(Params), const Grid& grid, const Params& params,
 #endif
 }
 
-// Starts a kernel whose blocks share the slices of query tiles: as many blocks as run at the same
-// time on the current device, or fewer if there are fewer slices.
+// Starts a kernel whose blocks share `pieces` of work: as many blocks as run at the same time on
+// the current device, or fewer if there are fewer pieces. `kind` says what a piece is.
 template <class Config, class Params>
-Status launch_slices(void (*kernel)(Params), const AttentionInputs& in, std::int32_t* num_taken,
-                     const Params& params, const LaunchContext& context) {
-  const std::int64_t slices = Slices::count(in, Config::kRows);
-  if (slices == 0) return {};
+Status launch_queue(void (*kernel)(Params), std::int64_t pieces, const char* kind,
+                    std::int32_t* num_taken, const Params& params, const LaunchContext& context,
+                    std::uint32_t shared_bytes = Config::kSharedBytes) {
+  if (pieces == 0) return {};
 #if SPARSE_ATTN_HOST_SIM
-  const int blocks = 3;  // so that some have several slices
+  const int blocks = 3;  // so that some have several pieces
   *num_taken = 0;
 #else
   int device = 0, multiprocessors = 0, blocks = 0;
-  cudaError_t error = allow_shared_bytes(kernel, Config::kSharedBytes);
+  cudaError_t error = allow_shared_bytes(kernel, shared_bytes);
   if (error == cudaSuccess) error = cudaGetDevice(&device);
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess) {
     error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, Config::kThreads,
-                                                          Config::kSharedBytes);
+                                                          shared_bytes);
   }
   if (error == cudaSuccess)
     error = cudaMemsetAsync(num_taken, 0, sizeof(*num_taken), context.stream);
@@ -127,12 +127,22 @@ Status launch_slices(void (*kernel)(Params), const AttentionInputs& in, std::int
   // 0 if a block does not fit: then the launch says so.
   blocks = std::max(1, blocks * multiprocessors);
 #endif
-  if (slices > INT32_MAX - blocks) {
-    return std::to_string(slices) + " slices of query tiles (batch * num_kv_heads * q_len * " +
-           "group size / " + std::to_string(Config::kRows) + "); there may be " +
+  if (pieces > INT32_MAX - blocks) {
+    return std::to_string(pieces) + " " + kind + "; there may be " +
            std::to_string(INT32_MAX - blocks);
   }
-  return launch<Config>(kernel, {std::min<std::int64_t>(slices, blocks), 1, 1}, params, context);
+  return launch<Config>(kernel, {std::min<std::int64_t>(pieces, blocks), 1, 1}, params, context,
+                        shared_bytes);
+}
+
+// The same for slices of query tiles.
+template <class Config, class Params>
+Status launch_slices(void (*kernel)(Params), const AttentionInputs& in, std::int32_t* num_taken,
+                     const Params& params, const LaunchContext& context) {
+  return launch_queue<Config>(
+      kernel, Slices::count(in, Config::kRows),
+      "slices of query tiles (batch * num_kv_heads * q_len * group size / rows of a slice)",
+      num_taken, params, context);
 }
 
 // Kernels that run one after the other, each with a function that starts it.

@@ -10,10 +10,11 @@
 
 #include "common/inverse.cuh"
 #include "common/partials.cuh"
+#include "common/slices.cuh"
 #include "common/tile.cuh"
 #include "params.h"
 #include "sm80/matrix.cuh"
-#include "sm80/slices.cuh"
+#include "sm80/next_piece.cuh"
 
 namespace sparse_attn::sm80 {
 
@@ -26,7 +27,7 @@ struct QueryGradientConfig {
   static constexpr int kRows = 16 * kWarps_;
   using Ring = KeyRing<kHeadDim, kKeys, kThreads>;
   static constexpr int kTileBytes = kRows * kRowBytes<kHeadDim>;
-  static constexpr int kSharedBytes = 2 * kTileBytes + Ring::kBytes + NextSlice::kBytes;
+  static constexpr int kSharedBytes = 2 * kTileBytes + Ring::kBytes + NextPiece::kBytes;
   // Of a multiprocessor; 0 leaves it to ptxas, which would spill a few registers for one
   // more with these.
   static constexpr int kFewestBlocks =
@@ -134,7 +135,7 @@ template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kFewestBlocks)
     query_gradient(const __grid_constant__ AttentionBackwardParams p) {
   const Slices slices(p.in, p.num_taken, Config::kRows);
-  NextSlice next(ptx::shared_base() + 2 * Config::kTileBytes + Config::Ring::kBytes);
+  NextPiece next(ptx::shared_base() + 2 * Config::kTileBytes + Config::Ring::kBytes);
   for (int slice = Slices::first(); slices.has(slice); slice = next.share())
     differentiate_slice<Config>(p, slices.tile(slice), [&] { next.take(slices); });
 }

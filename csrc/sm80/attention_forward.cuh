@@ -11,7 +11,7 @@
 #include "common/tile.cuh"
 #include "params.h"
 #include "sm80/matrix.cuh"
-#include "sm80/slices.cuh"
+#include "sm80/next_piece.cuh"
 
 namespace sparse_attn::sm80 {
 
@@ -24,7 +24,7 @@ struct ForwardConfig {
   static constexpr int kRows = 16 * kWarps_;
   using Ring = KeyRing<kHeadDim, kKeys, kThreads>;
   static constexpr int kQueryBytes = kRows * kRowBytes<kHeadDim>;
-  static constexpr int kSharedBytes = kQueryBytes + Ring::kBytes + NextSlice::kBytes;
+  static constexpr int kSharedBytes = kQueryBytes + Ring::kBytes + NextPiece::kBytes;
   static_assert(kHeadDim % 16 == 0 && kKeys % 16 == 0 && kSharedBytes <= kMostSharedBytes);
 };
 
@@ -162,7 +162,7 @@ template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     attention_forward(const __grid_constant__ AttentionForwardParams p) {
   const Slices slices(p.in, p.num_taken, Config::kRows);
-  NextSlice next(ptx::shared_base() + Config::kQueryBytes + Config::Ring::kBytes);
+  NextPiece next(ptx::shared_base() + Config::kQueryBytes + Config::Ring::kBytes);
   for (int slice = Slices::first(); slices.has(slice); slice = next.share())
     attend_to_slice<Config>(p, slices.tile(slice), [&] { next.take(slices); });
 }

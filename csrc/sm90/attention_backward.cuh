@@ -58,7 +58,7 @@ struct QueryGradientConfig : Warpgroups_ {
   // Each consumer's queries and gradients of outputs.
   using RowRing = Ring<1, kConsumers * 2 * Rows::kBytes, kConsumers * kWarpgroup / 32>;
   using Stream = KeyStream<kHeadDim, kBlockSize, kKeys, kStages, kConsumers>;
-  using Turns = SliceRing<kConsumers * kWarpgroup / 32>;
+  using Turns = PieceRing<kConsumers * kWarpgroup / 32>;
   static constexpr int kSharedBytes =
       RowRing::kBytes + Stream::kBytes + RowRing::kBarrierBytes + Turns::kBytes;
   static_assert(kSharedBytes <= shared_bytes_of(Warpgroups_::kBlocks));
@@ -243,7 +243,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     // A tile may have fewer rows: whatever lies in the others, nothing is stored for them.
     const int row_bytes =
         Config::kConsumers * 2 * SliceBox(in.shape, in.plan).rows() * 2 * Config::kHeadDim;
-    turns.produce(slices, [&](const Tile& tile, int slice) {
+    turns.produce(slices, [&](int piece, int slice) {
+      const Tile tile = slices.tile(piece);
       if (ptx::lane_index() == 0) {
         row_ring.wait_empty(slice);
         const std::uint32_t full = row_ring.full(slice);
@@ -261,10 +262,10 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     if constexpr (Config::kMovesRegisters) ptx::take_registers<Config::kConsumerRegisters>();
     // The compiler does not know that it is 0 where there is one.
     const int own = Config::kConsumers == 1 ? 0 : consumer;
-    turns.consume(slices, [&](const Tile& tile, int slice) {
+    turns.consume([&](int piece, int slice) {
+      const Tile tile = slices.tile(piece).part(own * kProductRows, kProductRows);
       step =
-          differentiate_slice<Config>(arguments.params, tile.part(own * kProductRows, kProductRows),
-                                      stream, row_ring, slice, step, own);
+          differentiate_slice<Config>(arguments.params, tile, stream, row_ring, slice, step, own);
     });
   }
 }

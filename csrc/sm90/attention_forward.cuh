@@ -14,7 +14,7 @@
 #include "params.h"
 #include "sm90/keys.cuh"
 #include "sm90/matrix.cuh"
-#include "sm90/slices.cuh"
+#include "sm90/piece_ring.cuh"
 
 namespace sparse_attn::sm90 {
 
@@ -54,7 +54,7 @@ struct ForwardConfig : Warpgroups_ {
   static constexpr int kQueryBytes = kConsumers * Query::kBytes;
   using QueryRing = Ring<1, kQueryBytes, kConsumers * kWarpgroup / 32>;
   using Stream = KeyStream<kHeadDim, kBlockSize, kKeys, kStages, kConsumers>;
-  using Turns = SliceRing<kConsumers * kWarpgroup / 32>;
+  using Turns = PieceRing<kConsumers * kWarpgroup / 32>;
   static constexpr int kSharedBytes =
       kQueryBytes + Stream::kBytes + QueryRing::kBarrierBytes + Turns::kBytes;
   static_assert(kSharedBytes <= shared_bytes_of(Warpgroups_::kBlocks));
@@ -251,7 +251,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
         Config::kConsumers * SliceBox(in.shape, in.plan).rows() * 2 * Config::kHeadDim;
     if constexpr (Config::kMovesRegisters) ptx::release_registers<Config::kProducerRegisters>();
     if (ptx::warp_index() != Config::kConsumerThreads / 32) return;
-    turns.produce(slices, [&](const Tile& tile, int slice) {
+    turns.produce(slices, [&](int piece, int slice) {
+      const Tile tile = slices.tile(piece);
       if (ptx::lane_index() == 0) {
         query_ring.wait_empty(slice);
         const std::uint32_t full = query_ring.full(slice);
@@ -267,9 +268,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     if constexpr (Config::kMovesRegisters) ptx::take_registers<Config::kConsumerRegisters>();
     // The compiler does not know that it is 0 where there is one.
     const int own = Config::kConsumers == 1 ? 0 : consumer;
-    turns.consume(slices, [&](const Tile& tile, int slice) {
-      step = attend_to_slice<Config>(arguments.params, tile.part(own * kProductRows, kProductRows),
-                                     stream, query_ring, slice, step, own);
+    turns.consume([&](int piece, int slice) {
+      const Tile tile = slices.tile(piece).part(own * kProductRows, kProductRows);
+      step = attend_to_slice<Config>(arguments.params, tile, stream, query_ring, slice, step, own);
     });
   }
 }
