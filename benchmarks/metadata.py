@@ -11,15 +11,16 @@ from benchmarks.schedules import (
     SUM_BYTES,
     Schedule,
     Work,
-    entries_per_part,
     group_size,
     lists_per_tile,
     missing_keys,
-    num_entries,
+    num_partials,
     parts_of_lists,
+    row_pair_bytes,
     slices_of_tile,
 )
 from benchmarks.tile_lists import Lists, tiles_of
+from sparse_attn_jax.testing.cases import Case
 
 WORD_BYTES = 4
 
@@ -31,8 +32,14 @@ def metadata_bytes(schedule: Schedule, lists: Lists) -> int:
 
 
 def counter_bytes(schedule: Schedule, work: Work) -> int:
-    """Of the counter from which CTAs take the slices of query tiles: loaded, and stored again."""
-    return WORD_BYTES * int(work.ctas) if schedule.owns == "queries" else 0
+    """Of the counter from which CTAs take their work: loaded, and stored again."""
+    return WORD_BYTES * int(work.taken)
+
+
+def delta_bytes(case: Case) -> tuple[int, int]:
+    """Loaded and stored by the kernel that computes delta = sum(out * d_out) - d_lse of each row."""
+    rows = case.batch * case.q_len * case.num_q_heads
+    return rows * (row_pair_bytes(case) + SUM_BYTES), rows * SUM_BYTES
 
 
 def query_major_words(schedule: Schedule, lists: Lists) -> int:
@@ -61,13 +68,8 @@ def key_major_words(schedule: Schedule, lists: Lists) -> int:
     return chunks * (threads * find + walk)
 
 
-def num_partials(lists: Lists, tokens: int) -> int:
-    """Most parts of blocks with several; the grid has so many besides one per block."""
-    return 2 * num_entries(lists, tokens) // entries_per_part(lists, tokens)
-
-
 def words_to_find_parts(parts: np.ndarray, partials: int) -> int:
-    """Words that a thread of each CTA of the grid loads to find its part: `InverseList` in csrc/common/inverse.cuh."""
+    """Words that a thread loads to find all parts, and those that are not there: `InverseList` in csrc/common/inverse.cuh."""
     first = np.concatenate([[0], np.cumsum(parts)])
     words = 0
     for part in range(len(parts) + partials):

@@ -52,7 +52,7 @@ class Schedule:
       strip_tokens: `None`: whole tiles are walked. Else strips of so many tokens, those of which one chose the block, as many
         in a piece as fit into `rows`.
       skips: a unit does not compute a step in which its rows see nothing.
-      tells_threads: a CTA computes several slices, and each of its threads reads in shared memory which comes next.
+      tells_threads: a CTA computes several slices or chunks, and each of its threads reads in shared memory which comes next.
     """
 
     name: str
@@ -180,9 +180,10 @@ def sm80_key_gradient(case: Case, tokens: int, *, rows: int | None = None, which
         written_arrays=2 if which == "both" else 1,
         shared_products=1 if which == "value" else 2,
         register_products=2 if which == "both" else 1,
-        shared_bytes=(2 * keys + 2 * stages * rows) * padded_row_bytes(case) + stages * rows * TABLE_ROW_BYTES,
+        shared_bytes=(2 * keys + 2 * stages * rows) * padded_row_bytes(case) + stages * rows * TABLE_ROW_BYTES + 16,
         registers=REGISTERS["key_gradient"],
         instructions=INSTRUCTIONS["key_gradient"],
+        tells_threads=True,
     )
 
 
@@ -262,8 +263,8 @@ def sm90_key_gradient(case: Case, tokens: int) -> Schedule:
     gradient, and both read all stages. Fewer keys than 64 are multiplied as if they were 64.
     """
     stages = 6 if case.head_dim <= 96 else 4 if case.head_dim <= 128 else 2
-    # Of stages: tables, strips, barriers. Then the table of keys, the part, a barrier.
-    small_bytes = stages * (64 * TABLE_ROW_BYTES + 16 + 8 * 8 + 16 + 8) + 64 * 16 + 16 + 8
+    # Of stages: tables, strips, barriers. Then the table of keys, the part and its barriers, that of the keys.
+    small_bytes = stages * (64 * TABLE_ROW_BYTES + 16 + 8 * 8 + 16 + 8) + 64 * 16 + 32 + 16 + 8
     return Schedule(
         name="SM90 key_gradient",
         owns="keys",
@@ -308,7 +309,7 @@ class Work:
     """What the CTAs of a schedule find to do.
 
     Attributes:
-      ctas: number of CTAs, or of slices of tiles that CTAs compute one after the other.
+      ctas: number of CTAs, or of slices of tiles or of chunks of keys that CTAs compute one after the other.
       owned: owned rows that exist.
       pieces: walked pieces.
       items: walked rows that exist.
@@ -317,6 +318,7 @@ class Work:
       missed: walked rows that L2 cannot keep, by `Device.l2_capacity`.
       edge_steps: steps in which a row sees some keys and not others; only counted where that makes a difference.
       summed: owned rows whose results are sums of several CTAs', by way of float32.
+      taken: what CTAs take, and learn that they have it to compute, or that it is not there.
     """
 
     ctas: float
@@ -326,6 +328,7 @@ class Work:
     steps: float
     longest: float
     missed: float
+    taken: float
     edge_steps: float = 0
     summed: float = 0
 
@@ -353,6 +356,7 @@ def query_major_work(schedule: Schedule, lists: Lists, tiles: Tiles, l2_capacity
     missed = keys * miss_rate(tiles.visible * row_pair_bytes(case), l2_capacity)
     return Work(
         ctas=len(pieces) * slices * scale,
+        taken=len(pieces) * slices * scale,
         owned=tiles.tokens.sum() * group_size(case) * scale,
         pieces=pieces.sum() * scale,
         items=keys.sum() * scale,
@@ -370,6 +374,7 @@ def packed_work(schedule: Schedule, lists: Lists, tiles: Tiles, l2_capacity: flo
     missed = found.keys.sum(axis=1) * miss_rate(tiles.visible * row_pair_bytes(case), l2_capacity)
     return Work(
         ctas=found.chunks.size * scale,
+        taken=found.chunks.size * scale,
         owned=tiles.tokens.sum() * group_size(case) * scale,
         pieces=found.chunks.sum() * scale,
         items=found.keys.sum() * scale,
@@ -395,6 +400,7 @@ def key_major_work(schedule: Schedule, lists: Lists, tiles: Tiles, l2_capacity: 
         steps, edge_steps = seen_by_groups(*group) * scale, edges_of_groups(*group) * scale
     return Work(
         ctas=parts.sum() * chunks * lists.repeats,
+        taken=(parts.size + len(parts) * num_partials(lists, schedule.tokens)) * chunks * lists.repeats,
         owned=(parts * keys).sum() * lists.repeats,
         pieces=pieces,
         items=rows.sum() * chunks * lists.repeats,
@@ -418,6 +424,7 @@ def strip_work(schedule: Schedule, lists: Lists, tiles: Tiles, l2_capacity: floa
     keys = keys_of_blocks(lists)
     return Work(
         ctas=parts.sum() * chunks * lists.repeats,
+        taken=(parts.size + len(parts) * num_partials(lists, schedule.tokens)) * chunks * lists.repeats,
         owned=(parts * keys).sum() * lists.repeats,
         pieces=pieces.sum() * chunks * lists.repeats,
         items=rows.sum() * chunks * lists.repeats,
@@ -466,6 +473,11 @@ def parts_of_lists(lists: Lists, tokens: int, lengths: np.ndarray) -> np.ndarray
 
 def entries_per_part(lists: Lists, tokens: int) -> int:
     return max(MIN_ENTRIES_PER_PART, LONG_LIST * -(-num_entries(lists, tokens) // lists.num_kv_blocks))
+
+
+def num_partials(lists: Lists, tokens: int) -> int:
+    """Most parts of blocks with several: CTAs look for so many besides one per block."""
+    return 2 * num_entries(lists, tokens) // entries_per_part(lists, tokens)
 
 
 def num_entries(lists: Lists, tokens: int) -> int:
@@ -519,7 +531,7 @@ def counts_of(schedule: Schedule, case: Case, work: Work) -> Counts:
     has_table = schedule.owns == "keys" and schedule.unit_warps == 1  # or one that the model leaves out
     sum_bytes = (schedule.written_arrays * case.head_dim + (schedule.shared_products == 2)) * SUM_BYTES
     result_bytes = schedule.written_arrays * row_bytes + schedule.writes_lse * SUM_BYTES
-    told_bytes = NUMBER_BYTES * schedule.tells_threads * work.ctas
+    told_bytes = NUMBER_BYTES * schedule.tells_threads * work.taken
     return Counts(
         loaded=row_bytes * (schedule.owned_arrays * work.owned + 2 * work.items),
         stored=result_bytes * (work.owned - work.summed) + sum_bytes * work.summed,

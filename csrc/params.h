@@ -65,7 +65,7 @@ struct AttentionForwardParams {
   AttentionInputs in;
   void* out;                // T [batch, q_len, num_q_heads, head_dim]
   float* lse;               // [batch, q_len, num_q_heads], natural logarithm
-  std::int32_t* num_taken;  // scratch: how many slices of query tiles CTAs have taken
+  std::int32_t* num_taken;  // scratch: how many pieces of work CTAs have taken
 };
 
 // For each KV block the tiles that chose it, as `TilePlan` has it, and how long lists are split.
@@ -82,10 +82,12 @@ struct InverseParams {
 
 struct AttentionBackwardParams {
   AttentionInputs in;
-  const void* d_out;   // T [batch, q_len, num_q_heads, head_dim]
+  const void* out;     // T [batch, q_len, num_q_heads, head_dim]
+  const void* d_out;   // as out
   const float* lse;    // [batch, q_len, num_q_heads]
-  const float* delta;  // [batch, q_len, num_q_heads]: sum(out * d_out) - d_lse
+  const float* d_lse;  // as lse
   InverseParams inverse;
+  float* delta;             // scratch, as lse: sum(out * d_out) - d_lse
   float* partials;          // [batch, num_kv_heads, num_partials, kv_block_size, 2 * head_dim + 2]
   void* d_query;            // T, as query
   void* d_key;              // T [batch, kv_len, num_kv_heads, head_dim]

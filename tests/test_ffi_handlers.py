@@ -36,9 +36,10 @@ INPUTS = {
     "num_sinks": ((BATCH, NUM_Q_HEADS), "int32"),
 }
 RESIDUALS = {
+    "out": (QUERY, "bfloat16"),
     "d_out": (QUERY, "bfloat16"),
     "lse": (QUERY[:3], "float32"),
-    "delta": (QUERY[:3], "float32"),
+    "d_lse": (QUERY[:3], "float32"),
     "inverse_offsets": ((BATCH, NUM_KV_HEADS, NUM_BLOCKS + 1), "int32"),
     "inverse_tiles": (INVERSE, "int32"),
     "inverse_slots": (INVERSE, "int32"),
@@ -50,6 +51,7 @@ GRADIENTS = {
     "d_key": (KEY, "bfloat16"),
     "d_value": (KEY, "bfloat16"),
     "d_key_bias": ((BATCH, NUM_KV_HEADS, KV_LEN), "float32"),
+    "delta": (QUERY[:3], "float32"),
     "partials": ((BATCH, NUM_KV_HEADS, NUM_PARTIALS, KV_BLOCK_SIZE, 2 * HEAD_DIM + 2), "float32"),
 }
 SCRATCH = {"num_taken": ((BATCH, NUM_KV_HEADS), "int32")}

@@ -13,7 +13,7 @@ import pytest
 import sparse_attn_jax as sa
 from benchmarks import roofline, roofline_tables, schedules
 from benchmarks.devices import A100, H100
-from benchmarks.metadata import counter_bytes, metadata_bytes, sum_partials_bytes
+from benchmarks.metadata import counter_bytes, delta_bytes, metadata_bytes, sum_partials_bytes
 from benchmarks.prediction import predict
 from benchmarks.roofline_tables import INFLLM_V2, TOKEN_CASES
 from benchmarks.tile_lists import Lists, lists_of_case, lists_of_density, sample_lists, tiles_of, visible_pairs
@@ -120,7 +120,7 @@ def plan_of(case: Case, selection: sa.BlockSelection, tokens: int) -> sa.TilePla
 
 
 def launched_schedules(case: Case, tokens: int) -> list[schedules.Schedule]:
-    """In the order of their launches (csrc/sm80/launchers.cu): CTAs have 64 rows, whatever tiles have."""
+    """In the order of their launches (csrc/sm80/launchers.cu), but for delta: CTAs have 64 rows, whatever tiles have."""
     which = ("both",) if case.head_dim <= 128 else ("key", "value")
     return [
         schedules.sm80_forward(case, tokens, warps=4),
@@ -143,6 +143,7 @@ def test_counts_are_the_simulators(case, tokens, launched):
         loaded, stored = counts.loaded + metadata_bytes(schedule, lists) + counter, counts.stored + counter
         found = (loaded, stored, counts.shared_loaded, counts.shared_stored, counts.matrix_instructions)
         expected.append(dict(zip(COUNTERS, found)))
+    expected.insert(1, dict(zip(COUNTERS, (*delta_bytes(case), 0, 0, 0))))
     if sums := sum_partials_bytes(lists, tokens):
         expected.append(dict(zip(COUNTERS, (*sums, 0, 0, 0))))
     found = [{name: launch[name] for name in COUNTERS} for launch in launched(case, tokens, "sm80")]
@@ -162,7 +163,8 @@ def test_counts_are_the_simulators_on_sm90(case, tokens, launched):
         figures = dict(copied=counts.loaded, global_stored=stored, flops=counts.flops, operands=counts.shared_loaded)
         expected.append(figures)
     launches = launched(case, tokens, "sm90")
-    assert len(launches) == 3 + (sum_partials_bytes(lists, tokens) is not None)
+    assert len(launches) == 4 + (sum_partials_bytes(lists, tokens) is not None)
+    launches.pop(1)  # of delta, which is the one kernel of both architectures
     assert [{name: launch[name] for name in expected[0]} for launch in launches[:3]] == expected
 
 

@@ -2,9 +2,15 @@
 #pragma once
 
 #include "common/ptx.cuh"
+#include "common/work_queue.cuh"
 #include "params.h"
 
 namespace sparse_attn {
+
+__host__ __device__ inline int num_kv_blocks(const AttentionShape& shape) {
+  return static_cast<int>((std::int64_t{shape.kv_len} + shape.kv_block_size - 1) /
+                          shape.kv_block_size);
+}
 
 // Of a key in [rows, kv_len, num_kv_heads].
 __device__ __forceinline__ std::int64_t key_row(const AttentionShape& shape, int row, int kv_head,
@@ -88,7 +94,7 @@ class InverseList {
   __device__ InverseList(const AttentionInputs& in, const InverseParams& inverse, int batch,
                          int kv_head)
       : inverse_(&inverse),
-        num_kv_blocks_((in.shape.kv_len + in.shape.kv_block_size - 1) / in.shape.kv_block_size),
+        num_kv_blocks_(num_kv_blocks(in.shape)),
         num_tiles_(in.plan.num_tiles),
         capacity_(in.plan.capacity),
         num_entries_(static_cast<std::int64_t>(num_tiles_) * capacity_),
@@ -122,6 +128,43 @@ class InverseList {
   int block_ = 0, num_parts_ = 0, part_ = 0, first_partial_ = 0;
   bool exists_ = false;
   std::int64_t first_entry_ = 0, count_ = 0;
+};
+
+// The work of a kernel that is key-major: chunks of keys of a block, for each part of its list.
+class KeyChunks : public WorkQueue {
+ public:
+  struct Chunk {
+    int batch, kv_head, part;
+    int first_key;  // in the block
+  };
+
+  __device__ KeyChunks(const AttentionBackwardParams& p, int keys)
+      : WorkQueue(p.num_taken, count(p, keys)), p_(p), keys_(keys) {}
+
+  // Blocks with several parts have at most as many as there is room for their sums.
+  __host__ __device__ static std::int64_t count(const AttentionBackwardParams& p, int keys) {
+    return static_cast<std::int64_t>(p.in.shape.batch) * p.in.shape.num_kv_heads *
+           per_head(p, keys);
+  }
+
+  // All chunks of a head follow each other, because they share rows; first blocks first, as most
+  // rows see them.
+  __device__ Chunk chunk(int piece) const {
+    const auto chunks = static_cast<int>(per_head(p_, keys_));
+    const int pair = piece / chunks, heads = p_.in.shape.num_kv_heads,
+              per_block = p_.in.shape.kv_block_size / keys_;
+    return {pair / heads, pair % heads, piece % chunks / per_block,
+            piece % chunks % per_block * keys_};
+  }
+
+ private:
+  __host__ __device__ static std::int64_t per_head(const AttentionBackwardParams& p, int keys) {
+    return (std::int64_t{num_kv_blocks(p.in.shape)} + p.inverse.num_partials) *
+           (p.in.shape.kv_block_size / keys);
+  }
+
+  const AttentionBackwardParams& p_;
+  int keys_;
 };
 
 }  // namespace sparse_attn

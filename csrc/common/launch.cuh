@@ -10,6 +10,7 @@
 #include <typeinfo>
 #include <vector>
 
+#include "common/inverse.cuh"
 #include "common/ptx.cuh"
 #include "common/slices.cuh"
 #include "launchers.h"
@@ -143,6 +144,17 @@ Status launch_slices(void (*kernel)(Params), const AttentionInputs& in, std::int
       kernel, Slices::count(in, Config::kRows),
       "slices of query tiles (batch * num_kv_heads * q_len * group size / rows of a slice)",
       num_taken, params, context);
+}
+
+// The same for chunks of keys.
+template <class Config, class Params>
+Status launch_chunks(void (*kernel)(Params), const AttentionBackwardParams& p, const Params& params,
+                     const LaunchContext& context) {
+  return launch_queue<Config>(
+      kernel, KeyChunks::count(p, Config::kKeys),
+      "chunks of keys (batch * num_kv_heads * (kv_len + split lists) / keys "
+      "of a chunk)",
+      p.num_taken, params, context);
 }
 
 // Kernels that run one after the other, each with a function that starts it.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/inverse.cuh"
+#include "common/launch.cuh"
 #include "common/ptx.cuh"
 #include "params.h"
 
@@ -48,5 +49,17 @@ __global__ void __launch_bounds__(Config::kThreads)
       ptx::store_global(p.d_key_bias + bias_offset(shape, batch, kv_head, key), sum(2 * kHeadDim));
   }
 }
+
+template <class T, int kHeadDim>
+struct PartialSums {
+  using Config = SumPartialsConfig<T, kHeadDim>;
+
+  static Status run(const AttentionBackwardParams& p, const LaunchContext& context) {
+    if (p.inverse.num_partials == 0) return {};
+    const AttentionShape& shape = p.in.shape;
+    return launch<Config>(&sum_partials<Config>,
+                          {num_kv_blocks(shape), shape.num_kv_heads, shape.batch}, p, context);
+  }
+};
 
 }  // namespace sparse_attn

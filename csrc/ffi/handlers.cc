@@ -33,10 +33,10 @@ template <class... Stream>
 ffi::Error backward(ffi::RemainingArgs args, ffi::RemainingRets rets, Attributes attributes,
                     Stream... stream) {
   Call call(args, rets,
-            names_of_call({"d_out", "lse", "delta", "inverse_offsets", "inverse_tiles",
+            names_of_call({"out", "d_out", "lse", "d_lse", "inverse_offsets", "inverse_tiles",
                            "inverse_slots", "inverse_parts", "first_partials", "d_query", "d_key",
-                           "d_value", "d_key_bias", "partials", "num_taken"}),
-            6);
+                           "d_value", "d_key_bias", "delta", "partials", "num_taken"}),
+            7);
   if (call.check.error()) return ffi::Error::InvalidArgument(*call.check.error());
   AttentionBackwardParams params{};
   params.in = read_inputs(call, attributes);
@@ -47,8 +47,10 @@ ffi::Error backward(ffi::RemainingArgs args, ffi::RemainingRets rets, Attributes
   const std::int64_t entries = static_cast<std::int64_t>(plan.num_tiles) * plan.capacity;
   const std::int64_t num_kv_blocks =
       (k[1] + attributes.kv_block_size - 1) / attributes.kv_block_size;
+  params.out = call.get<void>("out", dtype, {q[0], q[1], q[2], q[3]});
   params.d_out = call.get<void>("d_out", dtype, {q[0], q[1], q[2], q[3]});
   params.lse = call.get<float>("lse", kFloat, {q[0], q[1], q[2]});
+  params.d_lse = call.get<float>("d_lse", kFloat, {q[0], q[1], q[2]});
   params.delta = call.get<float>("delta", kFloat, {q[0], q[1], q[2]});
   const auto partials_shape = call["partials"].dimensions();
   if (partials_shape.size() != 5)

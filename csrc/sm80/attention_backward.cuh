@@ -159,7 +159,8 @@ struct KeyGradientConfig {
   static constexpr int kTileBytes = kRows * kRowBytes<kHeadDim>;
   static constexpr int kTableBytes = kRows * kRowWords * 4;
   static constexpr int kStageBytes = 2 * kTileBytes + kTableBytes;
-  static constexpr int kSharedBytes = 2 * kChunkBytes + kStages * kStageBytes;
+  static constexpr int kRingBytes = kStages * kStageBytes;
+  static constexpr int kSharedBytes = 2 * kChunkBytes + kRingBytes + NextPiece::kBytes;
   static_assert(kSharedBytes <= kMostSharedBytes);
 };
 
@@ -186,20 +187,21 @@ struct TableRow {
   }
 };
 
-// Shared memory has room for two blocks at most: without the 1, registers are spilled for a third.
-template <class Config>
-__global__ void __launch_bounds__(Config::kThreads, 1)
-    key_gradient(const __grid_constant__ AttentionBackwardParams p) {
+// Calls `end_walk` when no more rows are read.
+template <class Config, class EndWalk>
+__device__ __forceinline__ void differentiate_chunk(const AttentionBackwardParams& p,
+                                                    const KeyChunks::Chunk& chunk,
+                                                    EndWalk end_walk) {
   using T = typename Config::T;
   constexpr int kHeadDim = Config::kHeadDim, kKeys = Config::kKeys, kPart = Config::kPart;
   const AttentionInputs& in = p.in;
-  const int kv_head = static_cast<int>(blockIdx.y), batch = static_cast<int>(blockIdx.z);
-  const int chunks_per_block = in.shape.kv_block_size / kKeys;
-  const InverseList list(in, p.inverse, batch, kv_head,
-                         static_cast<int>(blockIdx.x) / chunks_per_block);
-  if (!list.exists()) return;
-  const int first_key = list.block() * in.shape.kv_block_size +
-                        static_cast<int>(blockIdx.x) % chunks_per_block * kKeys;
+  const int kv_head = chunk.kv_head, batch = chunk.batch;
+  const InverseList list(in, p.inverse, batch, kv_head, chunk.part);
+  if (!list.exists()) {
+    end_walk();
+    return;
+  }
+  const int first_key = list.block() * in.shape.kv_block_size + chunk.first_key;
   const int warp = ptx::warp_index(), lane = ptx::lane_index();
   const int warp_key = first_key + 16 * warp;
   const int keys[2] = {warp_key + lane / 4, warp_key + lane / 4 + 8};
@@ -329,6 +331,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     ptx::sync_threads();  // the stage may be written again
   }
   ptx::copy_wait<0>();
+  end_walk();
 
   SPARSE_ATTN_UNROLL
   for (int half = 0; half < 2; ++half) {
@@ -364,6 +367,16 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       if constexpr (Config::kHasValue) store(d_value, kHeadDim);
     }
   }
+}
+
+// Shared memory has room for two blocks at most: without the 1, registers are spilled for a third.
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    key_gradient(const __grid_constant__ AttentionBackwardParams p) {
+  const KeyChunks chunks(p, Config::kKeys);
+  NextPiece next(ptx::shared_base() + 2 * Config::kChunkBytes + Config::kRingBytes);
+  for (int piece = KeyChunks::first(); chunks.has(piece); piece = next.share())
+    differentiate_chunk<Config>(p, chunks.chunk(piece), [&] { next.take(chunks); });
 }
 
 }  // namespace sparse_attn::sm80

@@ -1,21 +1,15 @@
 // The variants of compute capability 8.0 that are compiled.
 #include <algorithm>
 
+#include "common/delta.cuh"
 #include "common/launch.cuh"
+#include "common/partials.cuh"
 #include "common/variants.cuh"
 #include "sm80/attention_backward.cuh"
 #include "sm80/attention_forward.cuh"
 
 namespace sparse_attn::sm80 {
 namespace {
-
-std::int64_t num_kv_blocks(const AttentionShape& shape) {
-  return (std::int64_t{shape.kv_len} + shape.kv_block_size - 1) / shape.kv_block_size;
-}
-
-Grid grid_of(std::int64_t x, const AttentionInputs& in) {
-  return {x, in.shape.num_kv_heads, in.shape.batch};
-}
 
 template <class Config>
 struct Forward {
@@ -34,19 +28,7 @@ struct QueryGradient {
 template <class Config>
 struct KeyGradients {
   static Status run(const AttentionBackwardParams& p, const LaunchContext& context) {
-    // Blocks with several parts have at most as many as there is room for their sums.
-    const std::int64_t parts = num_kv_blocks(p.in.shape) + p.inverse.num_partials,
-                       chunks = parts * (p.in.shape.kv_block_size / Config::kKeys);
-    return launch<Config>(&key_gradient<Config>, grid_of(chunks, p.in), p, context);
-  }
-};
-
-template <class Config>
-struct SumPartials {
-  static Status run(const AttentionBackwardParams& p, const LaunchContext& context) {
-    if (p.inverse.num_partials == 0) return {};
-    return launch<Config>(&sum_partials<Config>, grid_of(num_kv_blocks(p.in.shape), p.in), p,
-                          context);
+    return launch_chunks<Config>(&key_gradient<Config>, p, p, context);
   }
 };
 
@@ -61,10 +43,11 @@ struct Variant {
   using OfQuery = QueryGradient<QueryGradientConfig<T, kHeadDim, kKeys>>;
   template <KeyGradient kWhich>
   using OfKey = KeyGradients<KeyGradientConfig<T, kHeadDim, kOwnKeys, kWhich>>;
-  using OfParts = SumPartials<SumPartialsConfig<T, kHeadDim>>;
+  using OfRows = Deltas<T, kHeadDim>;
+  using OfParts = PartialSums<T, kHeadDim>;
   using Backward = std::conditional_t<
-      kHeadDim <= 128, Sequence<OfQuery, OfKey<KeyGradient::kBoth>, OfParts>,
-      Sequence<OfQuery, OfKey<KeyGradient::kKey>, OfKey<KeyGradient::kValue>, OfParts>>;
+      kHeadDim <= 128, Sequence<OfRows, OfQuery, OfKey<KeyGradient::kBoth>, OfParts>,
+      Sequence<OfRows, OfQuery, OfKey<KeyGradient::kKey>, OfKey<KeyGradient::kValue>, OfParts>>;
   static constexpr auto backward = Backward::template run<AttentionBackwardParams>;
 };
 

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "common/inverse.cuh"
+#include "common/slices.cuh"
 #include "common/tile.cuh"
 #include "params.h"
 #include "sm90/attention_forward.cuh"
@@ -292,10 +293,42 @@ class KeyTable {
   std::uint32_t base_;
 };
 
-// The chunk of keys of a CTA, and where its sums go.
+// A chunk of keys and a part of its block's list, and where the sums go.
 struct Part {
-  std::int64_t partial_row;  // of the first key; negative: the CTA has all of the block's list
+  static constexpr int kBytes = 32;
+
+  int number;                // which one of the CTA's it is
+  std::int64_t partial_row;  // of the first key; negative: the part is all of the block's list
   int first_key;
+  int first_step;  // of the list's rows; negative: there is no further part
+  int batch, kv_head;
+
+  __device__ bool exists() const { return first_step >= 0; }
+
+  __device__ void store(std::uint32_t to) const {
+    ptx::store_shared(to, Rows{partial_row, first_key, first_step});
+    ptx::store_shared(to + 16, Head{batch, kv_head});
+    ptx::store_shared(to + 24, number);
+  }
+  __device__ static Part load(std::uint32_t from) {
+    const auto rows = ptx::load_shared<Rows>(from);
+    const auto head = ptx::load_shared<Head>(from + 16);
+    return {ptx::load_shared<int>(from + 24),
+            rows.partial_row,
+            rows.first_key,
+            rows.first_step,
+            head.batch,
+            head.kv_head};
+  }
+
+ private:
+  struct alignas(16) Rows {
+    std::int64_t partial_row;
+    int first_key, first_step;
+  };
+  struct alignas(8) Head {
+    int batch, kv_head;
+  };
 };
 
 template <class T_, int kHeadDim_, int kKeys_>
@@ -323,7 +356,10 @@ struct KeyGradientConfig {
   static constexpr int kKey = 0, kValue = Keys::kBytes, kStream = 2 * Keys::kBytes;
   static constexpr int kKeyTable = kStream + (Stream::kBytes + 15) / 16 * 16;
   static constexpr int kPart = kKeyTable + KeyTable::kBytes;
-  static constexpr int kKeyBarrier = kPart + sizeof(Part);
+  // One part at a time. Its readers: the consumers, and the warps that look up rows.
+  using PartRing = Ring<1, Part::kBytes, kConsumers * kWarpgroup / 32 + Stream::kTableWarps>;
+  static constexpr int kPartBarriers = kPart + PartRing::kBytes;
+  static constexpr int kKeyBarrier = kPartBarriers + PartRing::kBarrierBytes;
   static constexpr int kSharedBytes = kKeyBarrier + 8;
   static_assert(kSharedBytes <= shared_bytes_of(kBlocks));
 };
@@ -333,13 +369,15 @@ template <class Config>
 struct KeyGradientMemory {
   std::uint32_t base = ptx::shared_base();
   typename Config::Stream stream{base + Config::kStream};
+  typename Config::PartRing parts{base + Config::kPart, base + Config::kPartBarriers};
 
-  // Of the chunk, and the barrier that is told when they are there.
+  // Of the chunk, and the barrier that is told when they are there. A part's readers release them
+  // with it.
   __device__ std::uint32_t key() const { return base + Config::kKey; }
   __device__ std::uint32_t value() const { return base + Config::kValue; }
   __device__ std::uint32_t key_barrier() const { return base + Config::kKeyBarrier; }
   __device__ KeyTable key_table() const { return KeyTable(base + Config::kKeyTable); }
-  __device__ std::uint32_t part() const { return base + Config::kPart; }
+  __device__ Part part() const { return Part::load(parts.stage(0)); }
 };
 
 // Which pairs of a stage's rows and two keys, `own_key` and the eighth after it, are visible: bit
@@ -370,12 +408,12 @@ struct KeyGradients {
   float bias[2] = {0, 0};  // of a thread's two keys, over its own rows
 };
 
-// One or both of the gradients of the chunk's keys, by a warpgroup, from every `kStride`-th stage.
+// One or both of the gradients of the chunk's keys, by a warpgroup, from every `kStride`-th stage
+// from `step` on. Returns the step that ends the rows, which is not released.
 template <class Config, bool kHasKey, bool kHasValue, int kStride>
-__device__ __forceinline__ void sum_gradients(KeyGradients<Config::kHeadDim>& gradients,
-                                              const AttentionInputs& in,
-                                              const KeyGradientMemory<Config>& memory,
-                                              int first_step) {
+__device__ __forceinline__ int sum_gradients(KeyGradients<Config::kHeadDim>& gradients,
+                                             const AttentionInputs& in,
+                                             const KeyGradientMemory<Config>& memory, int step) {
   using T = typename Config::T;
   using Keys = typename Config::Keys;
   using Rows = typename Config::Stream::Rows;
@@ -390,9 +428,8 @@ __device__ __forceinline__ void sum_gradients(KeyGradients<Config::kHeadDim>& gr
     if constexpr (kHasKey) round_to_factors<T, kProductRows>(d_logit_factors, d_logits);
   };
 
-  ptx::mbarrier_wait(memory.key_barrier(), 0);
   int unreleased = -1;  // the step whose stage the last products read
-  for (int step = first_step;; step += kStride) {
+  for (;; step += kStride) {
     const Content content = stream.wait(step);
     if (content == Content::kNothing) break;
     if (content == Content::kUnseen) {
@@ -481,13 +518,15 @@ __device__ __forceinline__ void sum_gradients(KeyGradients<Config::kHeadDim>& gr
   }
   ptx::warpgroup_wait<0>(gradients.key, gradients.value);
   if (unreleased >= 0) stream.release(unreleased);
+  return step;
 }
 
 // Two consumers that took turns give each other their sums, through the memory of the stages: the
 // first then has all of d_key, the second all of d_value.
 template <class Config>
 __device__ __forceinline__ void exchange(KeyGradients<Config::kHeadDim>& gradients,
-                                         const KeyGradientMemory<Config>& memory, bool is_first) {
+                                         const KeyGradientMemory<Config>& memory,
+                                         const StripBox& box, bool is_first) {
   constexpr int kConsumerThreads = Config::kConsumers * kWarpgroup;
   constexpr int kColumns = Config::kHeadDim / 8;
   static_assert(Config::Stream::kStageBytes >= 2 * kColumns * kWarpgroup * 16);
@@ -532,6 +571,11 @@ __device__ __forceinline__ void exchange(KeyGradients<Config::kHeadDim>& gradien
   } else {
     take(gradients.value, false);
   }
+  if (!box.fills_stages()) {
+    ptx::sync_barrier(1, kConsumerThreads);  // both have taken what lay where zeros have to be
+    memory.stream.template zero_rows_between<kConsumerThreads>(box, static_cast<int>(threadIdx.x));
+  }
+  ptx::fence_async_proxy();  // copies may write there
 }
 
 // Writes one of the gradients: the result, or the sums of a part of the block's list.
@@ -542,8 +586,7 @@ __device__ __forceinline__ void store_gradient(const AttentionBackwardParams& p,
   using T = typename Config::T;
   constexpr int kHeadDim = Config::kHeadDim;
   const AttentionShape& shape = p.in.shape;
-  const int lane = ptx::lane_index(), kv_head = static_cast<int>(blockIdx.y),
-            batch = static_cast<int>(blockIdx.z);
+  const int lane = ptx::lane_index(), kv_head = part.kv_head, batch = part.batch;
   const auto& sums = kIsKey ? gradients.key : gradients.value;
   SPARSE_ATTN_UNROLL
   for (int half = 0; half < 2; ++half) {
@@ -573,55 +616,91 @@ __device__ __forceinline__ void store_gradient(const AttentionBackwardParams& p,
   }
 }
 
-// The first consumer writes d_key, the second d_value.
-template <class Config>
+// What a consumer does with all parts of the CTA. The first writes d_key, the second d_value.
+template <class Config, bool kHasKey, bool kHasValue>
 __device__ __forceinline__ void consume(const AttentionBackwardParams& p,
                                         const KeyGradientMemory<Config>& memory, bool is_first) {
-  const auto sum = [&]<bool kHasKey, bool kHasValue>(int first_step) {
+  constexpr int kStride = Config::kTakesTurns ? Config::kConsumers : 1;
+  int step = Config::kTakesTurns ? !is_first : 0;
+  for (int number = 0;; ++number) {
+    memory.parts.wait_full(number);
+    const int first_step = memory.part().first_step;
+    if (first_step < 0) return;
+    // Stages without rows, after the part before.
+    for (; step < first_step; step += kStride) {
+      memory.stream.wait(step);
+      memory.stream.release(step);
+    }
+    ptx::mbarrier_wait(memory.key_barrier(), number % 2);
     KeyGradients<Config::kHeadDim> gradients;
-    constexpr int kStride = Config::kTakesTurns ? Config::kConsumers : 1;
-    sum_gradients<Config, kHasKey, kHasValue, kStride>(gradients, p.in, memory, first_step);
-    if constexpr (Config::kTakesTurns) exchange<Config>(gradients, memory, is_first);
-    const auto part = ptx::load_shared<Part>(memory.part());
+    step = sum_gradients<Config, kHasKey, kHasValue, kStride>(gradients, p.in, memory, step);
+    if constexpr (Config::kTakesTurns)
+      exchange<Config>(gradients, memory, StripBox(p.in.shape, p.in.plan), is_first);
+    const Part part = memory.part();
+    // While so many columns are summed no register is left to hold it.
+    if constexpr (!Config::kTakesTurns) number = part.number;
+    memory.parts.release(number);
     if (kHasKey && is_first) store_gradient<Config, true>(p, gradients, part);
     if (kHasValue && !is_first) store_gradient<Config, false>(p, gradients, part);
-  };
-  if constexpr (Config::kTakesTurns) {
-    sum.template operator()<true, true>(!is_first);
-  } else if (is_first) {
-    sum.template operator()<true, false>(0);
-  } else {
-    sum.template operator()<false, true>(0);
   }
+}
+
+// The producer's first warp: takes chunks, says which they are, and copies what belongs to them.
+template <class Config>
+__device__ __forceinline__ void produce(const AttentionBackwardArguments& arguments,
+                                        const KeyGradientMemory<Config>& memory) {
+  const AttentionBackwardParams& p = arguments.params;
+  const AttentionInputs& in = p.in;
+  const int lane = ptx::lane_index();
+  const auto send = [&](const Part& part) {
+    if (lane == 0) part.store(memory.parts.stage(part.number));
+    ptx::sync_warp();  // the table is there as well
+    if (lane == 0) ptx::mbarrier_arrive(memory.parts.full(part.number));
+  };
+  const KeyChunks chunks(p, Config::kKeys);
+  int number = 0, step = 0;
+  for (int piece = KeyChunks::first(); chunks.has(piece);
+       piece = ptx::shuffle(lane == 0 ? chunks.take() : 0, 0)) {
+    const auto [batch, kv_head, part, key_of_block] = chunks.chunk(piece);
+    const InverseList list(in, p.inverse, batch, kv_head, part);
+    if (!list.exists()) continue;
+    const int first_key = list.block() * in.shape.kv_block_size + key_of_block;
+    memory.parts.wait_empty(number);
+    for (int key = lane; key < kProductRows; key += 32)
+      memory.key_table().store(key, KeyMask(in, batch, kv_head, first_key + key));
+    const std::int64_t partial_row =
+        list.is_whole() ? -1 : list.partial_row(in.shape, p.inverse, first_key);
+    send({number, partial_row, first_key, step, batch, kv_head});
+    if (lane == 0) {
+      const std::uint32_t barrier = memory.key_barrier();
+      ptx::mbarrier_arrive_expect(barrier, 2 * Config::kKeys * 2 * Config::kHeadDim);
+      const int at[4] = {0, kv_head, first_key, batch % in.shape.key_batch};
+      load_rows<typename Config::Keys>(memory.key(), 0, arguments.key, at, barrier);
+      load_rows<typename Config::Keys>(memory.value(), 0, arguments.value, at, barrier);
+    }
+    step = memory.stream.copy(in, list, batch, kv_head, arguments.query, arguments.d_out, step);
+    ++number;
+  }
+  memory.parts.wait_empty(number);
+  send({number, -1, 0, -1, 0, 0});
 }
 
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     key_gradient(const __grid_constant__ AttentionBackwardArguments arguments) {
   const AttentionBackwardParams& p = arguments.params;
-  const AttentionInputs& in = p.in;
-  const int kv_head = static_cast<int>(blockIdx.y), batch = static_cast<int>(blockIdx.z);
-  const int chunks_per_block = in.shape.kv_block_size / Config::kKeys;
-  const InverseList list(in, p.inverse, batch, kv_head,
-                         static_cast<int>(blockIdx.x) / chunks_per_block);
-  if (!list.exists()) return;
-  const int first_key = list.block() * in.shape.kv_block_size +
-                        static_cast<int>(blockIdx.x) % chunks_per_block * Config::kKeys;
   const KeyGradientMemory<Config> memory;
   const int thread = static_cast<int>(threadIdx.x);
-  memory.stream.template zero_rows_between<Config::kThreads>(StripBox(in.shape, in.plan), thread);
+  memory.stream.template zero_rows_between<Config::kThreads>(StripBox(p.in.shape, p.in.plan),
+                                                             thread);
   ptx::fence_async_proxy();
   if (thread == 0) {
     memory.stream.init();
+    memory.parts.init();
     ptx::mbarrier_init(memory.key_barrier(), 1);
     ptx::mbarrier_init_fence();
-    ptx::store_shared(
-        memory.part(),
-        Part{list.is_whole() ? -1 : list.partial_row(in.shape, p.inverse, first_key), first_key});
   }
-  if (thread < kProductRows)
-    memory.key_table().store(thread, KeyMask(in, batch, kv_head, first_key + thread));
-  ptx::sync_threads();  // the barriers can be used, tables and zeros are there
+  ptx::sync_threads();  // the barriers can be used, and the zeros are there
 
   // The compiler sees that it is the same in all lanes.
   const int warpgroup = ptx::shuffle(thread / kWarpgroup, 0);
@@ -629,20 +708,27 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     ptx::release_registers<Config::kProducerRegisters>();
     const int warp = ptx::warp_index() % (kWarpgroup / 32);
     if (warp == 0) {
-      if (ptx::lane_index() == 0) {
-        const std::uint32_t barrier = memory.key_barrier();
-        ptx::mbarrier_arrive_expect(barrier, 2 * Config::kKeys * 2 * Config::kHeadDim);
-        const int at[4] = {0, kv_head, first_key, batch % in.shape.key_batch};
-        load_rows<typename Config::Keys>(memory.key(), 0, arguments.key, at, barrier);
-        load_rows<typename Config::Keys>(memory.value(), 0, arguments.value, at, barrier);
-      }
-      memory.stream.copy(in, list, batch, kv_head, arguments.query, arguments.d_out);
+      produce(arguments, memory);
     } else if (warp <= Config::Stream::kTableWarps) {
-      memory.stream.look_up(p, batch, kv_head, first_key, first_key + Config::kKeys - 1, warp - 1);
+      int step = warp - 1;
+      for (int number = 0;; ++number) {
+        memory.parts.wait_full(number);
+        const Part part = memory.part();
+        if (!part.exists()) return;
+        step = memory.stream.look_up(p, part.batch, part.kv_head, part.first_key,
+                                     part.first_key + Config::kKeys - 1, step);
+        memory.parts.release(number);
+      }
     }
   } else {
     ptx::take_registers<Config::kConsumerRegisters>();
-    consume(p, memory, warpgroup == 0);
+    if constexpr (Config::kTakesTurns) {
+      consume<Config, true, true>(p, memory, warpgroup == 0);
+    } else if (warpgroup == 0) {
+      consume<Config, true, false>(p, memory, true);
+    } else {
+      consume<Config, false, true>(p, memory, false);
+    }
   }
 }
 

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <exception>
 
+#include "common/delta.cuh"
 #include "common/launch.cuh"
 #include "common/partials.cuh"
 #include "common/variants.cuh"
@@ -25,10 +26,6 @@ bool is_regular(const AttentionInputs& in) {
 // Whether a tile has more rows than one consumer computes on.
 bool has_rows_for_two(const AttentionInputs& in) {
   return Tile::slices_per_tile(in.shape, in.plan, kProductRows) > 1;
-}
-
-std::int64_t num_kv_blocks(const AttentionShape& shape) {
-  return (std::int64_t{shape.kv_len} + shape.kv_block_size - 1) / shape.kv_block_size;
 }
 
 template <class T, int kHeadDim, int kBlockSize>
@@ -75,7 +72,7 @@ struct Variant {
   using OfQuery = QueryGradientConfig<T, kHeadDim, kBlockSize, kQueryKeys, kQueryStages, OfOne>;
   using OfQueryOfTwo = QueryGradientConfig<T, kHeadDim, kBlockSize, 64, 4, OfTwo>;
   using OfKey = KeyGradientConfig<T, kHeadDim, std::min(kBlockSize, kProductRows)>;
-  using OfParts = SumPartialsConfig<T, kHeadDim>;
+  using OfParts = PartialSums<T, kHeadDim>;
 
   static Status backward(const AttentionBackwardParams& params, const LaunchContext& context) {
     const AttentionInputs& in = params.in;
@@ -87,17 +84,14 @@ struct Variant {
               .key = map_of_keys<T, kHeadDim>(in.key, in.shape, keys),
               .value = map_of_keys<T, kHeadDim>(in.value, in.shape, keys)};
     };
-    const auto grid_of = [&](std::int64_t x) -> Grid {
-      return {x, in.shape.num_kv_heads, in.shape.batch};
-    };
-    const std::int64_t blocks = num_kv_blocks(in.shape), partials = params.inverse.num_partials;
     try {
       const auto differentiate_queries = [&]<class Config>(Config) {
         const SliceBox rows(in.shape, in.plan);
         return launch_slices<Config>(&query_gradient<Config>, in, params.num_taken,
                                      arguments_of(rows, Config::Stream::kPieceKeys), context);
       };
-      Status status;
+      Status status = Deltas<T, kHeadDim>::run(params, context);
+      if (status) return status;
       if constexpr (kSharesKeys) {
         status = has_rows_for_two(in) ? differentiate_queries(OfQueryOfTwo())
                                       : differentiate_queries(OfQuery());
@@ -105,12 +99,10 @@ struct Variant {
         status = differentiate_queries(OfQuery());
       }
       if (status) return status;
-      // Blocks with several parts have at most as many as there is room for their sums.
-      const std::int64_t chunks = (blocks + partials) * (kBlockSize / OfKey::kKeys);
-      status = launch<OfKey>(&key_gradient<OfKey>, grid_of(chunks),
-                             arguments_of(StripBox(in.shape, in.plan), OfKey::kKeys), context);
-      if (status || partials == 0) return status;
-      return launch<OfParts>(&sum_partials<OfParts>, grid_of(blocks), params, context);
+      status =
+          launch_chunks<OfKey>(&key_gradient<OfKey>, params,
+                               arguments_of(StripBox(in.shape, in.plan), OfKey::kKeys), context);
+      return status ? status : OfParts::run(params, context);
     } catch (const std::exception& error) {
       return error.what();
     }

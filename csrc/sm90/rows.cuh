@@ -28,6 +28,7 @@ struct StripBox : SliceBox {
   // From one strip to the next in a stage, where copies may begin; rows between them are zeros.
   __host__ __device__ int stride() const { return (rows() + 7) / 8 * 8; }
   __host__ __device__ int strips_per_stage() const { return kProductRows / stride(); }
+  __device__ bool fills_stages() const { return rows() * strips_per_stage() == kProductRows; }
 };
 
 struct alignas(8) Strip {
@@ -136,7 +137,7 @@ class RowStream {
     const auto is_between = [&](int row) {
       return row % box.stride() >= box.rows() || row / box.stride() >= box.strips_per_stage();
     };
-    if (box.rows() * box.strips_per_stage() == kProductRows) return;
+    if (box.fills_stages()) return;
     SPARSE_ATTN_NO_UNROLL
     for (int stage = 0; stage < kStages; ++stage) {
       zero_rows<Rows>(query(stage), thread, kThreads, is_between);
@@ -149,13 +150,14 @@ class RowStream {
     for (int stage = 0; stage < kStages; ++stage) ptx::mbarrier_init(strip_barrier(stage), 1);
   }
 
-  // By the producer's first warp: starts the copies of all rows of the list.
-  __device__ void copy(const AttentionInputs& in, const InverseList& list, int batch, int kv_head,
-                       const TensorMap& query_map, const TensorMap& d_out_map) const {
+  // By the producer's first warp: starts the copies of all rows of the list, in stages from `step`
+  // on. Returns the step after the one that ends them.
+  __device__ int copy(const AttentionInputs& in, const InverseList& list, int batch, int kv_head,
+                      const TensorMap& query_map, const TensorMap& d_out_map, int step) const {
     const StripBox box(in.shape, in.plan);
     const int strips_per_tile = Tile::slices_per_tile(in.shape, in.plan, box.rows()),
               strips_per_stage = box.strips_per_stage(), lane = ptx::lane_index();
-    int step = 0, filled = 0;  // strips of the stage
+    int filled = 0;  // strips of the stage
     const auto start_stage = [&] {
       stages_.wait_empty(step);
       if (lane == 0) {
@@ -228,15 +230,17 @@ class RowStream {
         ptx::mbarrier_arrive(strip_barrier(step));
       }
     }
+    return step;
   }
 
-  // By `kTableWarps` other warps of the producer, of which this is number `warp`: fills in the
-  // tables, each warp those of every so many stages. The keys are those that the consumers have.
-  __device__ void look_up(const AttentionBackwardParams& p, int batch, int kv_head, int first_key,
-                          int last_key, int warp) const {
+  // By `kTableWarps` other warps of the producer: fills in the tables of a list, each warp those of
+  // every so many stages, from `step` on. The keys are those that the consumers have. Returns the
+  // warp's first step of the next list.
+  __device__ int look_up(const AttentionBackwardParams& p, int batch, int kv_head, int first_key,
+                         int last_key, int step) const {
     const StripBox box(p.in.shape, p.in.plan);
     const int lane = ptx::lane_index();
-    for (int step = warp;; step += kTableWarps) {
+    for (;; step += kTableWarps) {
       // The copying warp has said which strips come, and the consumers have read the old table.
       ptx::mbarrier_wait(strip_barrier(step), step / kStages % 2);
       const auto strip = [&](int i) { return ptx::load_shared<Strip>(strip_address(step, i)); };
@@ -260,7 +264,7 @@ class RowStream {
       }
       ptx::sync_warp();  // the table is there before the barrier is told
       if (lane == 0) ptx::mbarrier_arrive(stages_.full(step));
-      if (is_over) return;
+      if (is_over) return step + kTableWarps;
     }
   }
 

@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 
 from sparse_attn_jax.arguments import AXES, attention_arguments, attention_attributes
 from sparse_attn_jax.entry_point import EntryPoint, Result
@@ -17,7 +16,7 @@ BACKWARD = EntryPoint(
     library.custom_call(library.ATTENTION_BACKWARD),
     (
         *AXES.values(),
-        *("bshd", "bsh", "bsh"),  # d_out, lse, delta
+        *("bshd", "bshd", "bsh", "bsh"),  # out, d_out, lse, d_lse
         *("Ppo", "Ppe", "Ppe"),  # the inverse: offsets, tiles, slots
         *("Ppo", "Ppa"),  # the parts of its lists: parts, first_partials
     ),
@@ -26,6 +25,7 @@ BACKWARD = EntryPoint(
         Result("d_key", "btkd"),
         Result("d_value", "btkd"),
         Result("d_key_bias", "bkt", "float32"),
+        Result("delta", "bsh", "float32"),
         Result("partials", "bkmuv", "float32"),
         Result("num_taken", "bk", "int32"),
     ),
@@ -45,13 +45,13 @@ def backward(
     """Gradients of the operands, each in its operand's shape and dtype, from the results of `forward` and their cotangents."""
     plan = add_inverse(plan)
     parts = split_lists(plan)
-    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1) - d_lse
     bias = operands.key_bias
     arguments = (
         *attention_arguments(problem, operands, plan, mask),
+        out,
         d_out.astype(operands.query.dtype),
         lse,
-        delta,
+        d_lse,
         plan.inverse_offsets,
         plan.inverse_tiles,
         plan.inverse_slots,
