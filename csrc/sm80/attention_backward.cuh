@@ -14,7 +14,7 @@
 #include "common/tile.cuh"
 #include "params.h"
 #include "sm80/matrix.cuh"
-#include "sm80/next_piece.cuh"
+#include "sm80/pieces.cuh"
 
 namespace sparse_attn::sm80 {
 

@@ -14,7 +14,7 @@
 #include "params.h"
 #include "sm90/keys.cuh"
 #include "sm90/matrix.cuh"
-#include "sm90/piece_ring.cuh"
+#include "sm90/pieces.cuh"
 
 namespace sparse_attn::sm90 {
 
