@@ -358,6 +358,7 @@ ARRAYS = {
     "coarse": ((2, 3, 2, 64), "bfloat16"),
     "positions": ((2, 8), "int32"),
     "indices": ((2, 2, 8, 5), "int32"),
+    "num_taken": ((2, 2), "int32"),
 }
 ATTRIBUTES = dict(
     scale=np.float32(1), kv_len=np.int32(256), block_size=np.int32(64), kernel_size=np.int32(32), kernel_stride=np.int32(16),
@@ -369,9 +370,9 @@ ATTRIBUTES = dict(
 
 def call_handler(arrays: dict | None = None, **attributes) -> np.ndarray:
     library.load("cpu")
-    *arguments, result = (ARRAYS | (arrays or {})).values()
-    call = jax.ffi.ffi_call(library.SELECT_BLOCKS, jax.ShapeDtypeStruct(*result))
-    return np.asarray(call(*(jnp.zeros(*argument) for argument in arguments), **(ATTRIBUTES | attributes)))
+    *arguments, indices, num_taken = (ARRAYS | (arrays or {})).values()
+    call = jax.ffi.ffi_call(library.SELECT_BLOCKS, [jax.ShapeDtypeStruct(*result) for result in (indices, num_taken)])
+    return np.asarray(call(*(jnp.zeros(*argument) for argument in arguments), **(ATTRIBUTES | attributes))[0])
 
 
 def test_sound_call_of_the_handler():
@@ -384,7 +385,7 @@ def test_arrays_of_wrong_shape_or_dtype(name):
     shape, dtype = ARRAYS[name]
     wrong = [(*shape[:i], shape[i] + 1, *shape[i + 1 :]) for i in range(len(shape))]
     wrong += [shape[1:], (*shape, 1), ()]
-    if name not in ("coarse", "indices"):  # an option that is off; a result that nobody computes
+    if name not in ("coarse", "indices", "num_taken"):  # an option that is off; results that nobody computes
         wrong.append((0, *shape[1:]))
     for changed in [*((x, dtype) for x in wrong), (shape, "int16"), (shape, "float32")]:
         with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT"):

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "common/ptx.cuh"
+#include "common/selection.cuh"
 #include "common/slices.cuh"
 #include "launchers.h"
 
@@ -143,6 +144,16 @@ Status launch_slices(void (*kernel)(Params), const AttentionInputs& in, std::int
       kernel, Slices::count(in, Config::kRows),
       "slices of query tiles (batch * num_kv_heads * q_len * group size / rows of a slice)",
       num_taken, params, context);
+}
+
+// The same for tiles of block selection.
+template <class Config, class Params>
+Status launch_selection(void (*kernel)(Params), const SelectionParams& p, int tiles_per_piece,
+                        const Params& params, const LaunchContext& context,
+                        std::uint32_t shared_bytes) {
+  return launch_queue<Config>(kernel, SelectionTiles::count(p, tiles_per_piece),
+                              "tiles of queries (batch * lists * q_len / tokens of a tile)",
+                              p.num_taken, params, context, shared_bytes);
 }
 
 // Kernels that run one after the other, each with a function that starts it.

@@ -1,11 +1,13 @@
 // Scores units of keys, pools them to blocks and selects the best blocks of each query, for compute
-// capability 8.0 (common/select_blocks.cuh). A CTA is one group of threads; a warp has 32 query
-// rows, against all units of a chunk or a part of them.
+// capability 8.0 (common/select_blocks.cuh). A CTA is one group of threads, which has one tile of
+// queries after the other; a warp has 32 of its rows, against all units of a chunk or a part of
+// them.
 #pragma once
 
 #include "common/select_blocks.cuh"
 #include "params.h"
 #include "sm80/matrix.cuh"
+#include "sm80/next_piece.cuh"
 #include "sm80/ptx.cuh"
 
 namespace sparse_attn::sm80 {
@@ -30,11 +32,11 @@ struct SelectionConfig {
   static_assert(kHeadDim % 16 == 0 && kColumns % 16 == 0);
 };
 
-// Where a CTA keeps what in shared memory: two chunks of units, then what the tokens need, in which
-// the query has its place.
+// Where a CTA keeps what in shared memory: two chunks of units, the number of the next tile, then
+// what the tokens need, in which the query has its place.
 template <class Config>
 struct SelectionMemory {
-  std::uint32_t units = 0;
+  std::uint32_t units, next;
   TokenMemory<Config> tokens;
   std::uint64_t bytes;
 
@@ -42,8 +44,8 @@ struct SelectionMemory {
   SPARSE_ATTN_HOST_DEVICE explicit SelectionMemory(const SelectionTiling& tiling,
                                                    std::uint32_t base = 0)
       : units(base),
-        tokens(tiling, base + 2 * Config::kChunkBytes,
-               Config::kHoldsQuery ? 0 : Config::kQueryBytes),
+        next(units + 2 * Config::kChunkBytes),
+        tokens(tiling, next + NextPiece::kBytes, Config::kHoldsQuery ? 0 : Config::kQueryBytes),
         bytes(tokens.end) {
     if (bytes < query() + Config::kQueryBytes) bytes = query() + Config::kQueryBytes;
   }
@@ -159,13 +161,11 @@ class UnitRing {
   std::uint32_t stage_ = 0;
 };
 
-template <class Config>
-__global__ void __launch_bounds__(Config::kThreads, 2)
-    selection(const __grid_constant__ SelectionParams p) {
-  const SelectionTile tile(p, static_cast<int>(blockIdx.z), static_cast<int>(blockIdx.y),
-                           // Later tiles see more units: they go first.
-                           static_cast<int>(gridDim.x - 1 - blockIdx.x));
-  const SelectionMemory<Config> memory(p.tiling, ptx::shared_base());
+// All threads have left the tile before. Calls `end_walk` when no more units are read.
+template <class Config, class EndWalk>
+__device__ __forceinline__ void select_of_tile(const SelectionParams& p, const SelectionTile& tile,
+                                               const SelectionMemory<Config>& memory,
+                                               EndWalk end_walk) {
   const TokenGroup<Config> group(p, tile, memory.tokens, static_cast<int>(threadIdx.x), 0);
   copy_rows<Config::kHeadDim, Config::kThreads, Config::kRows>(
       {{p.query, memory.query()}}, [&](int row) -> std::int64_t {
@@ -183,6 +183,18 @@ __global__ void __launch_bounds__(Config::kThreads, 2)
                                 32 * group.row_warp() * kRowBytes<Config::kHeadDim>);
   UnitRing<Config> ring(p, tile, query, memory.units, group.first_column());
   group.select(walks, ring);
+  end_walk();
+  group.write_lists();
+}
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, 2)
+    selection(const __grid_constant__ SelectionParams p) {
+  const SelectionTiles tiles(p, 1);
+  const SelectionMemory<Config> memory(p.tiling, ptx::shared_base());
+  NextPiece next(memory.next);
+  for (int piece = SelectionTiles::first(); tiles.has(piece); piece = next.share())
+    select_of_tile<Config>(p, tiles.tile(piece), memory, [&] { next.take(tiles); });
 }
 
 // The tiling of which two CTAs have room on a multiprocessor, or at least one.
