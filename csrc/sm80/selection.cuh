@@ -25,6 +25,9 @@ struct SelectionConfig {
   static constexpr int kSumTables = 1;
   static constexpr int kUnits = 64;  // of a chunk
   static constexpr int kColumns = kUnits / kColumnWarps;
+  // Of a multiprocessor. Shared memory may leave room for a third one if chunks are small, and
+  // ptxas would take a few registers too many.
+  static constexpr int kFewestBlocks = kHeadDim == 64 && kRowWarps == 2 ? 3 : 2;
   // The query's fragments stay in registers; then its place in shared memory is used again.
   static constexpr bool kHoldsQuery = kHeadDim <= 128;
   static constexpr std::uint32_t kQueryBytes = kRows * kRowBytes<kHeadDim>;
@@ -164,8 +167,8 @@ class UnitRing {
 // All threads have left the tile before. Calls `end_walk` when no more units are read.
 template <class Config, class EndWalk>
 __device__ __forceinline__ void select_of_tile(const SelectionParams& p, const SelectionTile& tile,
-                                               const SelectionMemory<Config>& memory,
                                                EndWalk end_walk) {
+  const SelectionMemory<Config> memory(p.tiling, ptx::computed_here(ptx::shared_base()));
   const TokenGroup<Config> group(p, tile, memory.tokens, static_cast<int>(threadIdx.x), 0);
   copy_rows<Config::kHeadDim, Config::kThreads, Config::kRows>(
       {{p.query, memory.query()}}, [&](int row) -> std::int64_t {
@@ -188,13 +191,12 @@ __device__ __forceinline__ void select_of_tile(const SelectionParams& p, const S
 }
 
 template <class Config>
-__global__ void __launch_bounds__(Config::kThreads, 2)
+__global__ void __launch_bounds__(Config::kThreads, Config::kFewestBlocks)
     selection(const __grid_constant__ SelectionParams p) {
   const SelectionTiles tiles(p, 1);
-  const SelectionMemory<Config> memory(p.tiling, ptx::shared_base());
-  NextPiece next(memory.next);
+  NextPiece next(SelectionMemory<Config>(p.tiling, ptx::shared_base()).next);
   for (int piece = SelectionTiles::first(); tiles.has(piece); piece = next.share())
-    select_of_tile<Config>(p, tiles.tile(piece), memory, [&] { next.take(tiles); });
+    select_of_tile<Config>(p, tiles.tile(piece), [&] { next.take(tiles); });
 }
 
 // The tiling of which two CTAs have room on a multiprocessor, or at least one.
