@@ -368,16 +368,22 @@ ATTRIBUTES = dict(
 )  # fmt: skip
 
 
-def call_handler(arrays: dict | None = None, **attributes) -> np.ndarray:
+def call_handler(arrays: dict | None = None, **attributes) -> list[jax.Array]:
     library.load("cpu")
     *arguments, indices, num_taken = (ARRAYS | (arrays or {})).values()
     call = jax.ffi.ffi_call(library.SELECT_BLOCKS, [jax.ShapeDtypeStruct(*result) for result in (indices, num_taken)])
-    return np.asarray(call(*(jnp.zeros(*argument) for argument in arguments), **(ATTRIBUTES | attributes))[0])
+    return jax.block_until_ready(call(*(jnp.zeros(*argument) for argument in arguments), **(ATTRIBUTES | attributes)))
 
 
 def test_sound_call_of_the_handler():
     # Positions are 0: all queries see block 0 alone.
-    np.testing.assert_array_equal(call_handler(), np.broadcast_to([0, -1, -1, -1, -1], (2, 2, 8, 5)))
+    np.testing.assert_array_equal(call_handler()[0], np.broadcast_to([0, -1, -1, -1, -1], (2, 2, 8, 5)))
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_a_block_has_tiles_of_several_lists(arch):
+    """Four lists of one tile, and three blocks in the simulator. Whoever has finished a tile takes a number."""
+    assert call_handler(arch=np.int32(arch))[1][0, 0] == 4
 
 
 @pytest.mark.parametrize("name", ARRAYS)

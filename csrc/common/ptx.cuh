@@ -64,8 +64,8 @@ __device__ __forceinline__ void store_global(T* to, T value SPARSE_ATTN_AT) {
   *to = value;
 }
 
-// `x`, of which the compiler does not see that it is the same whenever a loop comes here: it would
-// compute all that follows from it before the loop, and hold that in registers.
+// `x`, of which the compiler does not see that it is the same each time: it would compute what
+// follows from it before the loop that this is in, and hold it in registers.
 __device__ __forceinline__ std::uint32_t computed_here(std::uint32_t x) {
 #if !SPARSE_ATTN_HOST_SIM
   asm volatile("" : "+r"(x));

@@ -56,8 +56,8 @@ class SelectionTiles : public WorkQueue {
 
  private:
   __host__ __device__ static int per_list(const SelectionParams& p, int tiles_per_piece) {
-    const int tokens = tiles_per_piece * p.tiling.tile_tokens;
-    return p.q_len / tokens + (p.q_len % tokens > 0 ? 1 : 0);
+    const std::uint32_t tokens = tiles_per_piece * p.tiling.tile_tokens, q_len = p.q_len;
+    return static_cast<int>((q_len + tokens - 1) / tokens);
   }
 
   const SelectionParams& p_;
