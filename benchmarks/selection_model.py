@@ -21,6 +21,8 @@ CONSUMERS = 2  # of SM90: warpgroups, with 64 rows each
 CONSUMER_ROWS = 64
 STAGES = 4
 STATE_BYTES = 8
+NEXT_PIECE_BYTES = 16  # csrc/sm80/next_piece.cuh
+PIECE_RING_BYTES = 48  # csrc/sm90/piece_ring.cuh
 SPARE_ENTRIES = 64
 FEWEST_BLOCKS = 64
 
@@ -82,10 +84,10 @@ class Selection:
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """How a CTA cuts the work: `rows` query rows of `tokens` tokens, and scores of so many blocks at a time.
+    """How the work is cut: a piece has `rows` query rows of `tokens` tokens, and a CTA the scores of so many blocks at a time.
 
     Attributes:
-      warps: of a CTA, the producer's included.
+      warps: of a CTA, the producer's one included.
       unit_reads: how often the products read each unit of a chunk in shared memory.
       query_reads: and each row of the query: 0 if it never lies there.
     """
@@ -112,7 +114,7 @@ def sm80_tiling(selection: Selection) -> Tiling:
     row_bytes = p.head_dim * ELEMENT_BYTES + 16
 
     def bytes_of(tokens: int, blocks: int) -> int:
-        chunks, query = 2 * CHUNK_UNITS * row_bytes, rows * row_bytes
+        chunks, query = 2 * CHUNK_UNITS * row_bytes + NEXT_PIECE_BYTES, rows * row_bytes
         statistics = 8 * rows * column_warps if column_warps > 1 else 0
         first = -(-(chunks + statistics + (4 + STATE_BYTES) * tokens) // 16) * 16
         gap = 0 if p.head_dim <= 128 else query
@@ -129,7 +131,7 @@ def sm80_tiling(selection: Selection) -> Tiling:
 def sm90_tiling(selection: Selection) -> Tiling:
     """Each consumer has its own tokens."""
     p = selection.problem
-    units = STAGES * (CHUNK_UNITS * p.head_dim * ELEMENT_BYTES + 16)
+    units = STAGES * (CHUNK_UNITS * p.head_dim * ELEMENT_BYTES + 16) + PIECE_RING_BYTES
 
     def bytes_of(tokens: int, blocks: int) -> int:
         first = -(-(4 + STATE_BYTES) * tokens // 16) * 16
@@ -138,7 +140,7 @@ def sm90_tiling(selection: Selection) -> Tiling:
 
     most = MOST_SHARED_BYTES[90]
     tokens, blocks, used = fitting(selection, CONSUMER_ROWS, most, (most,), bytes_of)
-    reads = dict(warps=4 * (CONSUMERS + 1), unit_reads=CONSUMERS, query_reads=0)
+    reads = dict(warps=4 * CONSUMERS + 1, unit_reads=CONSUMERS, query_reads=0)
     held = dict(rows=CONSUMERS * CONSUMER_ROWS, tokens=CONSUMERS * tokens)
     return Tiling(segment_blocks=blocks, shared_bytes=used, **held, **reads)
 
@@ -173,8 +175,8 @@ class SelectionCounts:
     """Of a launch.
 
     Attributes:
-      loaded: bytes of queries, units and positions.
-      stored: bytes of indices.
+      loaded: bytes of queries, units, positions and the counter of the work.
+      stored: bytes of indices and that counter.
       copied: bytes of units that tensor copies bring, of SM90.
       operands: bytes that products read in shared memory.
       written: bytes that copies of queries and units write there, zeros for those that do not exist included.
@@ -213,9 +215,12 @@ def counts_of(selection: Selection) -> SelectionCounts:
     position_reads = 1 + tiling.warps * (selection.arch == 90)
     scores = chunks * tiling.rows * CHUNK_UNITS
     lists = selection.batch * selection.num_lists
+    # Of the counter from which CTAs take pieces of work: loaded, and stored again.
+    counter_bytes = num_tiles * INDEX_BYTES
+    positions = position_reads * selection.q_len * INDEX_BYTES
     return SelectionCounts(
-        loaded=lists * ((query_rows + units) * row_bytes + position_reads * selection.q_len * INDEX_BYTES),
-        stored=lists * selection.q_len * p.top_k * INDEX_BYTES,
+        loaded=lists * ((query_rows + units) * row_bytes + positions + counter_bytes),
+        stored=lists * (selection.q_len * p.top_k * INDEX_BYTES + counter_bytes),
         copied=lists * units * row_bytes * (selection.arch == 90),
         operands=lists * row_bytes * (reads * tiling.rows + chunks * CHUNK_UNITS * tiling.unit_reads),
         written=lists * row_bytes * (query_written + chunks * CHUNK_UNITS),

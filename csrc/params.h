@@ -135,6 +135,7 @@ struct SelectionParams {
   Pooling pooling;
   GroupReduction group_reduction;
   SelectionTiling tiling;
+  std::int32_t* num_taken;  // scratch: how many pieces of work CTAs have taken
 };
 
 // Makes the unions of a `TilePlan`. A tile has `num_groups` row groups, those of `row_group_tokens`

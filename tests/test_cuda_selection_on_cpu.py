@@ -358,6 +358,7 @@ ARRAYS = {
     "coarse": ((2, 3, 2, 64), "bfloat16"),
     "positions": ((2, 8), "int32"),
     "indices": ((2, 2, 8, 5), "int32"),
+    "num_taken": ((2, 2), "int32"),
 }
 ATTRIBUTES = dict(
     scale=np.float32(1), kv_len=np.int32(256), block_size=np.int32(64), kernel_size=np.int32(32), kernel_stride=np.int32(16),
@@ -367,16 +368,22 @@ ATTRIBUTES = dict(
 )  # fmt: skip
 
 
-def call_handler(arrays: dict | None = None, **attributes) -> np.ndarray:
+def call_handler(arrays: dict | None = None, **attributes) -> list[jax.Array]:
     library.load("cpu")
-    *arguments, result = (ARRAYS | (arrays or {})).values()
-    call = jax.ffi.ffi_call(library.SELECT_BLOCKS, jax.ShapeDtypeStruct(*result))
-    return np.asarray(call(*(jnp.zeros(*argument) for argument in arguments), **(ATTRIBUTES | attributes)))
+    *arguments, indices, num_taken = (ARRAYS | (arrays or {})).values()
+    call = jax.ffi.ffi_call(library.SELECT_BLOCKS, [jax.ShapeDtypeStruct(*result) for result in (indices, num_taken)])
+    return jax.block_until_ready(call(*(jnp.zeros(*argument) for argument in arguments), **(ATTRIBUTES | attributes)))
 
 
 def test_sound_call_of_the_handler():
     # Positions are 0: all queries see block 0 alone.
-    np.testing.assert_array_equal(call_handler(), np.broadcast_to([0, -1, -1, -1, -1], (2, 2, 8, 5)))
+    np.testing.assert_array_equal(call_handler()[0], np.broadcast_to([0, -1, -1, -1, -1], (2, 2, 8, 5)))
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_a_block_has_tiles_of_several_lists(arch):
+    """Four lists of one tile, and three blocks in the simulator. Whoever has finished a tile takes a number."""
+    assert call_handler(arch=np.int32(arch))[1][0, 0] == 4
 
 
 @pytest.mark.parametrize("name", ARRAYS)
@@ -384,7 +391,7 @@ def test_arrays_of_wrong_shape_or_dtype(name):
     shape, dtype = ARRAYS[name]
     wrong = [(*shape[:i], shape[i] + 1, *shape[i + 1 :]) for i in range(len(shape))]
     wrong += [shape[1:], (*shape, 1), ()]
-    if name not in ("coarse", "indices"):  # an option that is off; a result that nobody computes
+    if name not in ("coarse", "indices", "num_taken"):  # an option that is off; results that nobody computes
         wrong.append((0, *shape[1:]))
     for changed in [*((x, dtype) for x in wrong), (shape, "int16"), (shape, "float32")]:
         with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT"):

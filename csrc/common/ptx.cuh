@@ -64,6 +64,15 @@ __device__ __forceinline__ void store_global(T* to, T value SPARSE_ATTN_AT) {
   *to = value;
 }
 
+// `x`, of which the compiler does not see that it is the same each time: it would compute what
+// follows from it before the loop that this is in, and hold it in registers.
+__device__ __forceinline__ std::uint32_t computed_here(std::uint32_t x) {
+#if !SPARSE_ATTN_HOST_SIM
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 // Returns what was there before.
 __device__ __forceinline__ int atomic_add_global(int* to, int value SPARSE_ATTN_AT) {
 #if SPARSE_ATTN_HOST_SIM

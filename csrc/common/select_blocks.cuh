@@ -4,7 +4,7 @@
 // the units twice: for the softmax denominator (over the coarse units if there are any, which are
 // few), then for the probabilities. These are summed over a token's rows in registers, and pooled
 // to blocks in shared memory. When a segment of blocks is complete, each warp merges it into the
-// running lists of its tokens. Only the lists go to global memory.
+// running lists of its tokens. Only the lists go to global memory. Then the group has other tokens.
 //
 // `Config` says how the group shares the scores of a chunk of `kUnits` units:
 //   kRowWarps, kColumnWarps   warps that have other rows, and other units
@@ -240,6 +240,11 @@ class TokenGroup {
       }
       segment = next;
     }
+  }
+
+  // After `select`, when no more units are read. What `start` stores is read until all threads have
+  // done so.
+  __device__ void write_lists() const {
     for (int slot = warp_; slot < tile_.num_tokens; slot += Config::kWarps)
       write_list(p_, lists_, tile_, slot, position_at(slot));
   }

@@ -5,12 +5,13 @@
 #include "common/ptx.cuh"
 #include "common/top_k.cuh"
 #include "common/units.cuh"
+#include "common/work_queue.cuh"
 #include "params.h"
 
 namespace sparse_attn {
 
-// The query rows of a CTA: `num_tokens` neighbouring tokens, with the `group_size` query heads that
-// share list `list`.
+// Query rows that are computed on together: `num_tokens` neighbouring tokens, with the `group_size`
+// query heads that share list `list`. There may be none, or fewer.
 struct SelectionTile {
   int batch, list, kv_head, group_size;
   int first_token, num_tokens;
@@ -32,6 +33,35 @@ struct SelectionTile {
   __device__ std::int64_t list_row(const SelectionParams& p, int slot) const {
     return (static_cast<std::int64_t>(batch) * p.num_lists + list) * p.q_len + first_token + slot;
   }
+};
+
+// The work of selection. A piece is `tiles_per_piece` tiles that follow each other, which a CTA
+// computes on at the same time.
+class SelectionTiles : public WorkQueue {
+ public:
+  __device__ SelectionTiles(const SelectionParams& p, int tiles_per_piece)
+      : WorkQueue(p.num_taken, count(p, tiles_per_piece)), p_(p), tiles_(tiles_per_piece) {}
+
+  __host__ __device__ static std::int64_t count(const SelectionParams& p, int tiles_per_piece) {
+    return static_cast<std::int64_t>(p.batch) * p.num_lists * per_list(p, tiles_per_piece);
+  }
+
+  // Of a piece. All pieces of a list follow each other, because they share units; later ones first,
+  // as they see more of them.
+  __device__ SelectionTile tile(int piece, int index = 0) const {
+    const int pieces = per_list(p_, tiles_), row = piece / pieces;
+    return SelectionTile(p_, row / p_.num_lists, row % p_.num_lists,
+                         (pieces - 1 - piece % pieces) * tiles_ + index);
+  }
+
+ private:
+  __host__ __device__ static int per_list(const SelectionParams& p, int tiles_per_piece) {
+    const std::uint32_t tokens = tiles_per_piece * p.tiling.tile_tokens, q_len = p.q_len;
+    return static_cast<int>((q_len + tokens - 1) / tokens);
+  }
+
+  const SelectionParams& p_;
+  int tiles_;
 };
 
 // Where a token stands among the keys.

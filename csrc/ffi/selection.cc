@@ -82,6 +82,7 @@ SelectionParams read_selection(Call& call, const SelectionAttributes& a) {
   p.positions = call.get<std::int32_t>("positions", kInt, {position_batch, q_len});
   const std::int64_t num_lists = a.group_reduction == "none" ? num_q_heads : num_kv_heads;
   p.indices = call.get<std::int32_t>("indices", kInt, {batch, num_lists, q_len, a.top_k});
+  p.num_taken = call.get<std::int32_t>("num_taken", kInt, {batch, num_kv_heads});
   p.batch = static_cast<int>(batch);
   p.q_len = static_cast<int>(q_len);
   p.num_q_heads = static_cast<int>(num_q_heads);
@@ -104,7 +105,7 @@ SelectionParams read_selection(Call& call, const SelectionAttributes& a) {
 template <class... Stream>
 ffi::Error select(ffi::RemainingArgs args, ffi::RemainingRets rets, SelectionAttributes attributes,
                   Stream... stream) {
-  Call call(args, rets, {"query", "compressed", "coarse", "positions", "indices"}, 1);
+  Call call(args, rets, {"query", "compressed", "coarse", "positions", "indices", "num_taken"}, 2);
   if (call.check.error()) return ffi::Error::InvalidArgument(*call.check.error());
   const SelectionParams params = read_selection(call, attributes);
   if (call.check.error()) return ffi::Error::InvalidArgument(*call.check.error());

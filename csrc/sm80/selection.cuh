@@ -1,11 +1,13 @@
 // Scores units of keys, pools them to blocks and selects the best blocks of each query, for compute
-// capability 8.0 (common/select_blocks.cuh). A CTA is one group of threads; a warp has 32 query
-// rows, against all units of a chunk or a part of them.
+// capability 8.0 (common/select_blocks.cuh). A CTA is one group of threads, which has one tile of
+// queries after the other; a warp has 32 of its rows, against all units of a chunk or a part of
+// them.
 #pragma once
 
 #include "common/select_blocks.cuh"
 #include "params.h"
 #include "sm80/matrix.cuh"
+#include "sm80/pieces.cuh"
 #include "sm80/ptx.cuh"
 
 namespace sparse_attn::sm80 {
@@ -23,6 +25,9 @@ struct SelectionConfig {
   static constexpr int kSumTables = 1;
   static constexpr int kUnits = 64;  // of a chunk
   static constexpr int kColumns = kUnits / kColumnWarps;
+  // Of a multiprocessor. Shared memory may leave room for a third one if chunks are small, and
+  // ptxas would take a few registers too many.
+  static constexpr int kFewestBlocks = kHeadDim == 64 && kRowWarps == 2 ? 3 : 2;
   // The query's fragments stay in registers; then its place in shared memory is used again.
   static constexpr bool kHoldsQuery = kHeadDim <= 128;
   static constexpr std::uint32_t kQueryBytes = kRows * kRowBytes<kHeadDim>;
@@ -30,11 +35,11 @@ struct SelectionConfig {
   static_assert(kHeadDim % 16 == 0 && kColumns % 16 == 0);
 };
 
-// Where a CTA keeps what in shared memory: two chunks of units, then what the tokens need, in which
-// the query has its place.
+// Where a CTA keeps what in shared memory: two chunks of units, the number of the next tile, then
+// what the tokens need, in which the query has its place.
 template <class Config>
 struct SelectionMemory {
-  std::uint32_t units = 0;
+  std::uint32_t units, next;
   TokenMemory<Config> tokens;
   std::uint64_t bytes;
 
@@ -42,8 +47,8 @@ struct SelectionMemory {
   SPARSE_ATTN_HOST_DEVICE explicit SelectionMemory(const SelectionTiling& tiling,
                                                    std::uint32_t base = 0)
       : units(base),
-        tokens(tiling, base + 2 * Config::kChunkBytes,
-               Config::kHoldsQuery ? 0 : Config::kQueryBytes),
+        next(units + 2 * Config::kChunkBytes),
+        tokens(tiling, next + NextPiece::kBytes, Config::kHoldsQuery ? 0 : Config::kQueryBytes),
         bytes(tokens.end) {
     if (bytes < query() + Config::kQueryBytes) bytes = query() + Config::kQueryBytes;
   }
@@ -159,13 +164,11 @@ class UnitRing {
   std::uint32_t stage_ = 0;
 };
 
-template <class Config>
-__global__ void __launch_bounds__(Config::kThreads, 2)
-    selection(const __grid_constant__ SelectionParams p) {
-  const SelectionTile tile(p, static_cast<int>(blockIdx.z), static_cast<int>(blockIdx.y),
-                           // Later tiles see more units: they go first.
-                           static_cast<int>(gridDim.x - 1 - blockIdx.x));
-  const SelectionMemory<Config> memory(p.tiling, ptx::shared_base());
+// All threads have left the tile before. Calls `end_walk` when no more units are read.
+template <class Config, class EndWalk>
+__device__ __forceinline__ void select_of_tile(const SelectionParams& p, const SelectionTile& tile,
+                                               EndWalk end_walk) {
+  const SelectionMemory<Config> memory(p.tiling, ptx::computed_here(ptx::shared_base()));
   const TokenGroup<Config> group(p, tile, memory.tokens, static_cast<int>(threadIdx.x), 0);
   copy_rows<Config::kHeadDim, Config::kThreads, Config::kRows>(
       {{p.query, memory.query()}}, [&](int row) -> std::int64_t {
@@ -183,6 +186,17 @@ __global__ void __launch_bounds__(Config::kThreads, 2)
                                 32 * group.row_warp() * kRowBytes<Config::kHeadDim>);
   UnitRing<Config> ring(p, tile, query, memory.units, group.first_column());
   group.select(walks, ring);
+  end_walk();
+  group.write_lists();
+}
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, Config::kFewestBlocks)
+    selection(const __grid_constant__ SelectionParams p) {
+  const SelectionTiles tiles(p, 1);
+  NextPiece next(SelectionMemory<Config>(p.tiling, ptx::shared_base()).next);
+  for (int piece = SelectionTiles::first(); tiles.has(piece); piece = next.share())
+    select_of_tile<Config>(p, tiles.tile(piece), [&] { next.take(tiles); });
 }
 
 // The tiling of which two CTAs have room on a multiprocessor, or at least one.

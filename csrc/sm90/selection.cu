@@ -18,15 +18,14 @@ struct Variant {
       const SelectionKey key = {80, kDtype<T>, kHeadDim};
       return find_variant(sm80::selection_variants(), key)->run(p, segment_blocks, context);
     }
-    const std::int64_t tokens = Config::kConsumers * p.tiling.tile_tokens;
-    const Grid grid = {(p.q_len + tokens - 1) / tokens, p.num_lists, p.batch};
     const auto bytes =
         static_cast<std::uint32_t>(memory_of<Config>(p.tiling, 0, Config::kConsumers - 1).end);
     try {
       const SelectionArguments arguments = {.params = p,
                                             .fine = map_of_units<T, kHeadDim>(p.fine, p),
                                             .coarse = map_of_units<T, kHeadDim>(p.coarse, p)};
-      return launch<Config>(selection<Config>, grid, arguments, context, bytes);
+      return launch_selection<Config>(selection<Config>, p, Config::kConsumers, arguments, context,
+                                      bytes);
     } catch (const std::exception& error) {
       return error.what();
     }

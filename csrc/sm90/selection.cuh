@@ -1,14 +1,16 @@
 // Scores units of keys, pools them to blocks and selects the best blocks of each query, for compute
 // capability 9.0 (common/select_blocks.cuh).
 //
-// A CTA has some consumers, warpgroups that compute on 64 query rows each and have tokens of their
+// A CTA has some consumers, warpgroups that compute on 64 query rows each and have a tile of their
 // own, and one producer warp, which copies the units for all of them. Consumers share nothing but
-// these, and need not keep step.
+// these, and need not keep step. The CTA stays for several pieces of work, a tile for each
+// consumer: while consumers finish one, the producer copies units of the next.
 #pragma once
 
 #include "common/select_blocks.cuh"
 #include "params.h"
 #include "sm90/matrix.cuh"
+#include "sm90/pieces.cuh"
 
 namespace sparse_attn::sm90 {
 
@@ -36,22 +38,25 @@ struct SelectionConfig {
   static constexpr int kBlocks = 1;                               // of a multiprocessor
   static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;  // of a thread
   using Chunk = Matrix<ConsumerConfig::kUnits, kHeadDim>;
-  using ChunkRing = Ring<4, Chunk::kBytes, kConsumers * kWarpgroup / 32>;
+  static constexpr int kConsumerWarps = kConsumers * kWarpgroup / 32;
+  using ChunkRing = Ring<4, Chunk::kBytes, kConsumerWarps>;
+  using Turns = PieceRing<kConsumerWarps>;
   static constexpr std::uint32_t kUnitBytes = ChunkRing::kBytes + ChunkRing::kBarrierBytes;
-  static_assert(kUnitBytes % 16 == 0);
+  static constexpr std::uint32_t kRingBytes = kUnitBytes + Turns::kBytes;
+  static_assert(kRingBytes % 16 == 0);
 };
 
-// Shared memory of a CTA: chunks of units, and what each consumer's tokens need.
+// Shared memory of a CTA: chunks of units, numbers of pieces, and what each consumer's tokens need.
 template <class Config>
 SPARSE_ATTN_HOST_DEVICE TokenMemory<ConsumerConfig> memory_of(const SelectionTiling& tiling,
                                                               std::uint32_t base, int consumer) {
-  const std::uint32_t first = base + Config::kUnitBytes;
+  const std::uint32_t first = base + Config::kRingBytes;
   const TokenMemory<ConsumerConfig> memory(tiling, first, 0);
   const auto bytes = static_cast<std::uint32_t>((memory.end - first + 15) / 16 * 16);
   return TokenMemory<ConsumerConfig>(tiling, first + consumer * bytes, 0);
 }
 
-// The products of a consumer's rows with units. Its steps are those of the producer.
+// The products of a consumer's rows with units, from `step` of the ring on.
 template <class Config>
 class UnitStream {
  public:
@@ -59,8 +64,8 @@ class UnitStream {
 
   // Takes the query's rows, which stay in registers.
   __device__ UnitStream(const SelectionParams& p, const SelectionTile& tile,
-                        const TokenGroup<ConsumerConfig>& group, const ChunkRing& ring)
-      : ring_(ring) {
+                        const TokenGroup<ConsumerConfig>& group, const ChunkRing& ring, int step)
+      : ring_(ring), step_(step) {
     const auto* pairs = static_cast<const std::uint32_t*>(p.query) + ptx::lane_index() % 4;
     SPARSE_ATTN_UNROLL
     for (int half = 0; half < 2; ++half) {
@@ -101,19 +106,32 @@ class UnitStream {
     }
   }
 
+  // After the last chunk.
+  __device__ int step() const { return step_; }
+
  private:
   const ChunkRing& ring_;
   Factors<Config::kHeadDim> query_;
-  int first_ = 0, end_ = 0, step_ = 0;
+  int first_ = 0, end_ = 0, step_;
 };
 
-// By one thread: copies the units of all walks, in their order.
+// All consumers walk over the units that any token of the piece sees, which `first_tile` starts.
 template <class Config>
-__device__ void copy_units(const SelectionArguments& arguments, const SelectionTile& tile,
-                           const SelectionWalks& walks, const typename Config::ChunkRing& ring) {
+__device__ __forceinline__ SelectionWalks walks_of_piece(const SelectionParams& p,
+                                                         const SelectionTile& first_tile) {
+  const int num_tokens =
+      smaller(p.q_len - first_tile.first_token, Config::kConsumers * p.tiling.tile_tokens);
+  return walks_of(p, num_tokens, [&](int slot) { return load_position(p, first_tile, slot); });
+}
+
+// By one thread: copies the units of all walks, in their order, from `step` on. Returns the step
+// after the last.
+template <class Config>
+__device__ int copy_units(const SelectionArguments& arguments, const SelectionTile& tile,
+                          const SelectionWalks& walks, const typename Config::ChunkRing& ring,
+                          int step) {
   constexpr int kUnits = ConsumerConfig::kUnits;
   const SelectionParams& p = arguments.params;
-  int step = 0;
   const auto copy = [&](const TensorMap& map, int first, int end) {
     for (; first < end; first += kUnits, ++step) {
       ring.wait_empty(step);
@@ -129,6 +147,25 @@ __device__ void copy_units(const SelectionArguments& arguments, const SelectionT
        segment = walks.segment<ConsumerConfig>(p, segment.end_block)) {
     copy(arguments.fine, segment.first_unit, segment.end_unit);
   }
+  return step;
+}
+
+// What a consumer does with its tile, from `step` on. Returns the step after the last.
+template <class Config>
+__device__ __forceinline__ int select_of_tile(const SelectionParams& p, const SelectionTile& tile,
+                                              const SelectionWalks& walks,
+                                              const TokenMemory<ConsumerConfig>& memory,
+                                              const typename Config::ChunkRing& ring, int step,
+                                              int barrier) {
+  const TokenGroup<ConsumerConfig> group(p, tile, memory,
+                                         static_cast<int>(threadIdx.x) % kWarpgroup, barrier);
+  group.start();
+  ptx::sync_barrier(barrier, kWarpgroup);  // positions and states are there
+  UnitStream<Config> units(p, tile, group, ring, step);
+  group.select(walks, units);
+  group.write_lists();
+  ptx::sync_barrier(barrier, kWarpgroup);  // positions and states may be written again
+  return units.step();
 }
 
 template <class Config>
@@ -137,41 +174,35 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
   const SelectionParams& p = arguments.params;
   const std::uint32_t base = ptx::shared_base();
   const typename Config::ChunkRing ring(base, base + Config::ChunkRing::kBytes);
+  const typename Config::Turns turns(base + Config::kUnitBytes);
   if (threadIdx.x == 0) {
     ring.init();
+    turns.init();
     ptx::mbarrier_init_fence();
   }
   ptx::sync_threads();  // the barriers can be used
 
-  const auto tile_of = [&](int consumer) {
-    // Later tiles see more units: they go first.
-    const int index = static_cast<int>(gridDim.x - 1 - blockIdx.x);
-    return SelectionTile(p, static_cast<int>(blockIdx.z), static_cast<int>(blockIdx.y),
-                         index * Config::kConsumers + consumer);
-  };
-  // All walk over the units that any consumer's tokens see.
-  const SelectionTile first_tile = tile_of(0);
-  const int num_tokens =
-      smaller(p.q_len - first_tile.first_token, Config::kConsumers * p.tiling.tile_tokens);
-  const auto walks =
-      walks_of(p, num_tokens, [&](int slot) { return load_position(p, first_tile, slot); });
+  const SelectionTiles tiles(p, Config::kConsumers);
   // The compiler sees that it is the same in all lanes.
   const int consumer = ptx::shuffle(static_cast<int>(threadIdx.x) / kWarpgroup, 0);
+  int step = 0;
   if (consumer == Config::kConsumers) {
     ptx::release_registers<Config::kProducerRegisters>();
-    if (threadIdx.x % kWarpgroup == 0) copy_units<Config>(arguments, first_tile, walks, ring);
-    return;
+    if (ptx::warp_index() != Config::kConsumerWarps) return;
+    turns.produce(tiles, [&](int piece, int) {
+      const SelectionTile tile = tiles.tile(piece);
+      const auto walks = walks_of_piece<Config>(p, tile);
+      if (ptx::lane_index() == 0) step = copy_units<Config>(arguments, tile, walks, ring, step);
+    });
+  } else {
+    ptx::take_registers<Config::kConsumerRegisters>();
+    const auto memory = memory_of<Config>(p.tiling, base, consumer);
+    turns.consume([&](int piece, int) {
+      const auto walks = walks_of_piece<Config>(p, tiles.tile(piece));
+      step = select_of_tile<Config>(p, tiles.tile(piece, consumer), walks, memory, ring, step,
+                                    1 + consumer);
+    });
   }
-  ptx::take_registers<Config::kConsumerRegisters>();
-  const int barrier = 1 + consumer;
-  const SelectionTile tile = tile_of(consumer);
-  const auto memory = memory_of<Config>(p.tiling, base, consumer);
-  const TokenGroup<ConsumerConfig> group(p, tile, memory,
-                                         static_cast<int>(threadIdx.x) % kWarpgroup, barrier);
-  group.start();
-  ptx::sync_barrier(barrier, kWarpgroup);  // positions and states are there
-  UnitStream<Config> units(p, tile, group, ring);
-  group.select(walks, units);
 }
 
 // ---- On the host.

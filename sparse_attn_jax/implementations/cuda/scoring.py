@@ -4,12 +4,13 @@ import jax
 import numpy as np
 
 from sparse_attn_jax.arguments import SELECTION_AXES, SELECTION_RESULTS
-from sparse_attn_jax.entry_point import EntryPoint
+from sparse_attn_jax.entry_point import EntryPoint, Result
 from sparse_attn_jax.implementations.cuda import library
 from sparse_attn_jax.scoring_problem import ScoringProblem
 
 _run = library.custom_call(library.SELECT_BLOCKS)
-SELECT, SELECT_PER_QUERY_HEAD = (EntryPoint(_run, SELECTION_AXES, (result,)) for result in SELECTION_RESULTS)
+_NUM_TAKEN = Result("num_taken", "bk", "int32")
+SELECT, SELECT_PER_QUERY_HEAD = (EntryPoint(_run, SELECTION_AXES, (result, _NUM_TAKEN)) for result in SELECTION_RESULTS)
 
 
 def select_from_units(
@@ -35,7 +36,7 @@ def select_from_units(
       int32 [batch, num_kv_heads (num_q_heads without a group reduction), q_len, top_k], ascending, -1 last.
     """
     call = SELECT_PER_QUERY_HEAD if problem.group_reduction is None else SELECT
-    (indices,) = call(
+    indices, _ = call(
         query,
         compressed,
         coarse,
