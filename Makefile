@@ -15,7 +15,7 @@ bin := $(VENV)/bin
 ready := $(VENV)/.ready
 cpp := $(shell find csrc -name '*.h' -o -name '*.cc' -o -name '*.cuh' -o -name '*.cu')
 
-.PHONY: help setup cuda kernel-table pallas-plugin pallas-table pallas-versions demo test mutants lint format bench bazel-test clean
+.PHONY: help setup cuda cuda-wheel kernel-table pallas-plugin pallas-table pallas-versions demo test mutants lint format bench bazel-test clean
 .DEFAULT_GOAL := help
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make lint        check style and format; 'make format' repairs them"
 	@echo "make bench       time attention side by side with the baselines"
 	@echo "make cuda        compile the CUDA kernels beside the package; needs g++, and no GPU"
+	@echo "make cuda-wheel  compile them into a wheel, in dist/"
 	@echo "make pallas-versions  compile the Pallas kernels for an H100 with every JAX that can; needs no GPU"
 	@echo "make bazel-test  run the tests under Bazel, without a network"
 	@echo "make clean       remove everything these targets made"
@@ -49,6 +50,11 @@ build/cuda/.ready: $(ready)
 cuda: build/cuda/.ready
 	$(with_bin) cmake --build build/cuda
 	$(with_bin) cmake --install build/cuda --prefix .
+
+# What `pip install .` makes where there is an nvcc: the same as a wheel, in dist.
+cuda-wheel: $(ready)
+	SPARSE_ATTN_CUDA=OFF $(bin)/python -m pip install --quiet --editable '.[cuda-dev]'
+	SPARSE_ATTN_CUDA=ON $(bin)/python -m pip wheel --no-deps --wheel-dir dist --config-settings build-dir=build/wheel .
 
 kernel-table: cuda
 	$(with_bin) python -m tools.kernel_table

@@ -19,7 +19,8 @@ from types import ModuleType
 from tools.find_nvcc import candidates
 
 ROOT = Path(__file__).absolute().parent.parent
-BUILD = ROOT / "build" / "cuda"
+# Of `make cuda` and of `make cuda-wheel`.
+BUILDS = (ROOT / "build" / "cuda", ROOT / "build" / "wheel")
 TABLE = ROOT / "docs" / "kernel_table.md"
 
 # Matrix products and their loads by architecture; accesses to local memory, which are what spills become.
@@ -91,9 +92,9 @@ class Code:
 
 
 def built_extension() -> Path | None:
-    """What `make cuda` has built for this Python."""
-    path = BUILD / "csrc" / f"_kernels{sysconfig.get_config_var('EXT_SUFFIX')}"
-    return path if path.exists() else None
+    """What was built last for this Python."""
+    paths = (build / "csrc" / f"_kernels{sysconfig.get_config_var('EXT_SUFFIX')}" for build in BUILDS)
+    return max((path for path in paths if path.exists()), key=lambda path: path.stat().st_mtime, default=None)
 
 
 def load_extension(path: Path) -> ModuleType:
@@ -107,9 +108,9 @@ def find_cuobjdump() -> Path | None:
     return next(candidates("cuobjdump"), None)
 
 
-def nvcc_version() -> str:
-    """Of the nvcc that CMake compiled with."""
-    text = next(BUILD.glob("CMakeFiles/*/CMakeCUDACompiler.cmake")).read_text()
+def nvcc_version(extension: Path) -> str:
+    """Of the nvcc that CMake compiled it with."""
+    text = next(extension.parents[1].glob("CMakeFiles/*/CMakeCUDACompiler.cmake")).read_text()
     return re.search(r'CMAKE_CUDA_COMPILER_VERSION "([^"]+)"', text)[1]
 
 
@@ -234,7 +235,7 @@ def main() -> None:
     extension = built_extension()
     if extension is None or find_cuobjdump() is None:
         sys.exit("kernel_table: there is no compiled extension, or no cuobjdump to read it; `make cuda` brings both")
-    TABLE.write_text(table(read_code(extension), nvcc_version()))
+    TABLE.write_text(table(read_code(extension), nvcc_version(extension)))
 
 
 if __name__ == "__main__":
