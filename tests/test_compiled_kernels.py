@@ -18,7 +18,6 @@ from tools.kernel_table import MULTIPROCESSORS, ROOT
 
 # By the folder of a kernel's source.
 ARCHITECTURES = {"": {"sm_80", "sm_90a"}, "sm80": {"sm_80", "sm_90a"}, "sm90": {"sm_90a"}}
-WITHOUT_PRODUCTS = {"sm80::sum_partials"}
 
 
 def folder_of(name: str) -> str:
@@ -74,9 +73,8 @@ def test_kernels_fit(all_code):
 def test_products_are_made_by_tensor_cores(all_code):
     products = {"sm80": {"HMMA", "LDSM"}, "sm90": {"HGMMA"}}
     for code in all_code:
-        if code.kernel not in WITHOUT_PRODUCTS:
-            needed = products.get(folder_of(code.kernel), set())
-            assert all(code.instructions[instruction] > 0 for instruction in needed), code
+        needed = products.get(folder_of(code.kernel), set())
+        assert all(code.instructions[instruction] > 0 for instruction in needed), code
 
 
 def test_table_is_that_of_the_sources(extension, all_code):
