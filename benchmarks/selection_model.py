@@ -21,8 +21,8 @@ CONSUMERS = 2  # of SM90: warpgroups, with 64 rows each
 CONSUMER_ROWS = 64
 STAGES = 4
 STATE_BYTES = 8
-NEXT_PIECE_BYTES = 16  # csrc/sm80/next_piece.cuh
-PIECE_RING_BYTES = 48  # csrc/sm90/piece_ring.cuh
+NEXT_PIECE_BYTES = 16  # csrc/sm80/pieces.cuh
+PIECE_RING_BYTES = 48  # csrc/sm90/pieces.cuh
 SPARE_ENTRIES = 64
 FEWEST_BLOCKS = 64
 

@@ -12,7 +12,6 @@
 
 #include "common/inverse.cuh"
 #include "common/ptx.cuh"
-#include "common/selection.cuh"
 #include "common/slices.cuh"
 #include "launchers.h"
 
@@ -155,16 +154,6 @@ Status launch_chunks(void (*kernel)(Params), const AttentionBackwardParams& p, c
       kernel, KeyChunks::count(p, Config::kKeys),
       "chunks of keys (batch * num_kv_heads * (kv_len and parts of split lists) / keys of a chunk)",
       p.num_taken, params, context);
-}
-
-// The same for tiles of block selection.
-template <class Config, class Params>
-Status launch_selection(void (*kernel)(Params), const SelectionParams& p, int tiles_per_piece,
-                        const Params& params, const LaunchContext& context,
-                        std::uint32_t shared_bytes) {
-  return launch_queue<Config>(kernel, SelectionTiles::count(p, tiles_per_piece),
-                              "tiles of queries (batch * lists * q_len / tokens of a tile)",
-                              p.num_taken, params, context, shared_bytes);
 }
 
 // Kernels that run one after the other, each with a function that starts it.

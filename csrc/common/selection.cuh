@@ -39,6 +39,9 @@ struct SelectionTile {
 // computes on at the same time.
 class SelectionTiles : public WorkQueue {
  public:
+  static constexpr const char* kKind =
+      "tiles of queries (batch * lists * q_len / tokens of a tile)";
+
   __device__ SelectionTiles(const SelectionParams& p, int tiles_per_piece)
       : WorkQueue(p.num_taken, count(p, tiles_per_piece)), p_(p), tiles_(tiles_per_piece) {}
 

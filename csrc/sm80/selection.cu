@@ -13,9 +13,9 @@ Status launch_tiles(SelectionParams p, int segment_blocks, const LaunchContext& 
     return "top_k " + std::to_string(p.top_k) + " and " + std::to_string(p.num_blocks) +
            " blocks of keys do not fit into shared memory";
   }
-  return launch_selection<Config>(
-      selection<Config>, p, 1, p, context,
-      static_cast<std::uint32_t>(SelectionMemory<Config>(p.tiling).bytes));
+  return launch_queue<Config>(selection<Config>, SelectionTiles::count(p, 1), SelectionTiles::kKind,
+                              p.num_taken, p, context,
+                              static_cast<std::uint32_t>(SelectionMemory<Config>(p.tiling).bytes));
 }
 
 // Tiles of 128 rows read the units half as often as those of 64. They are for large groups, and

@@ -24,8 +24,8 @@ struct Variant {
       const SelectionArguments arguments = {.params = p,
                                             .fine = map_of_units<T, kHeadDim>(p.fine, p),
                                             .coarse = map_of_units<T, kHeadDim>(p.coarse, p)};
-      return launch_selection<Config>(selection<Config>, p, Config::kConsumers, arguments, context,
-                                      bytes);
+      return launch_queue<Config>(selection<Config>, SelectionTiles::count(p, Config::kConsumers),
+                                  SelectionTiles::kKind, p.num_taken, arguments, context, bytes);
     } catch (const std::exception& error) {
       return error.what();
     }
