@@ -1,10 +1,9 @@
 """Block-sparse flash attention, forward, as a Pallas kernel for Ampere.
 
-The structure is FlashAttention-2's: a thread block is one warpgroup with a slice of 64 rows. It multiplies the keys and values of
-one chunk while those of the next are copied into shared memory.
+The structure is FlashAttention-2's: a thread block is one warpgroup with a slice of 64 rows. It multiplies one chunk of keys and
+values while the next is copied into shared memory.
 """
 
-import dataclasses
 import functools
 import math
 
@@ -46,12 +45,12 @@ def forward(problem: Problem, operands: Operands, plan: TilePlan, mask: TokenMas
 def attend_slices(g: Geometry, inputs: dict[str, jax.Array], *, interpreted: bool) -> tuple[jax.Array, jax.Array]:
     """As `attention_forward.attend_slices`."""
 
-    def ampere_forward(inputs, outputs, memory):
+    def attention_forward(inputs, outputs, memory):
         _kernel(g, inputs, outputs, memory, interpreted)
 
     slices = (g.batch, g.num_kv_heads, g.num_slices, SLICE_ROWS)
     results = plgpu.kernel(
-        ampere_forward,
+        attention_forward,
         out_type=dict(
             out=jax.ShapeDtypeStruct((*slices, g.value_columns), jnp.dtype(g.dtype)),
             lse=jax.ShapeDtypeStruct(slices, jnp.float32),

@@ -1,4 +1,4 @@
-"""What kernels for Ampere do in one step: copies into shared memory by its threads, and products of what they hold in registers.
+"""What the kernels for Ampere do in one step: copies into shared memory by all threads, products of what registers hold.
 
 Each has a twin for JAX's interpreter, which knows neither `plgpu.mma` nor copies without a barrier.
 """
