@@ -11,8 +11,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from sparse_attn_jax.implementations.mosaic import steps
 from sparse_attn_jax.implementations.mosaic.geometry import SWIZZLE_COLUMNS
 
-# Columns of an operand from registers, which has as many rows of the other with it in registers at a time.
+# Columns of an operand from registers: so many rows of the other operand are in registers with them.
 PART_COLUMNS = 16
+# No reduction leaves a warp, or needs memory: 80 KiB let two thread blocks run beside each other.
+COMPILER_PARAMS = plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0)
 
 
 def start_copy(src, dst, ready, *, interpreted: bool) -> None:
@@ -23,23 +25,23 @@ def start_copy(src, dst, ready, *, interpreted: bool) -> None:
         plgpu.copy_gmem_to_smem(src, dst, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
 
 
-def finish_copies(ready, *, interpreted: bool) -> None:
-    """Until all copies that were started are there. What was read before may be overwritten after."""
+def finish_copies(memory, ready: str, slot=None, *, interpreted: bool) -> None:
+    """Until all copies that were started are there. What was read before may be overwritten after.
+
+    Args:
+      memory: references to shared memory by name.
+      ready: the barrier that they arrive at, in the interpreter: no copies have been started but those.
+      slot: which of several barriers.
+    """
     if interpreted:
-        plgpu.barrier_wait(ready)
+        plgpu.barrier_wait(memory[ready] if slot is None else memory[ready].at[slot])
         plgpu.commit_smem()
     else:
         plgpu.wait_gmem_to_smem(0)
 
 
-def load_operand(ref, *, interpreted: bool) -> list[jax.Array]:
-    """A matrix in shared memory as the first operand of `add_product`."""
-    layout = None if interpreted else plgpu.Layout.MMA_LHS(ref.dtype)
-    return [plgpu.load(ref.at[:, part], layout=layout) for part in _parts(ref.shape[1], SWIZZLE_COLUMNS)]
-
-
 def to_operand(x: jax.Array, dtype, *, interpreted: bool) -> list[jax.Array]:
-    """A float32 matrix as the first operand of `add_product`, in dtype: each thread has its part of it already."""
+    """A float32 matrix in dtype as the first operand of `add_product`: each thread has its part of it already."""
     parts = _parts(x.shape[1], PART_COLUMNS)
     if interpreted:
         return [x[:, part].astype(dtype) for part in parts]
@@ -50,27 +52,36 @@ def to_operand(x: jax.Array, dtype, *, interpreted: bool) -> list[jax.Array]:
     def relabel(context, x):
         del context
         x = x.astype(mgpu.utils.dtype_to_ir_type(dtype))
-        return [_as_operand(x[:, part], layout.to_mgpu()) for part in parts]
+        return [_with_layout(x[:, part], layout.to_mgpu()) for part in parts]
 
     return relabel(x)
 
 
-def _as_operand(x: mgpu.FragmentedArray, layout) -> mgpu.FragmentedArray:
-    """The same registers under another name."""
+def _with_layout(x: mgpu.FragmentedArray, layout) -> mgpu.FragmentedArray:
+    """The same registers, under the name of another layout."""
     registers = x.registers.reshape(layout.registers_shape(x.shape))
     return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
 
-def add_product(total: jax.Array, operand: list[jax.Array], ref, *, interpreted: bool) -> jax.Array:
-    """total + operand @ ref, a matrix in shared memory."""
-    layout = None if interpreted else plgpu.Layout.MMA_RHS(ref.dtype)
-    for i, left in enumerate(operand):
-        right = plgpu.load(ref.at[_parts(ref.shape[0], left.shape[1])[i]], layout=layout)
+def add_product(total: jax.Array, operand, ref, *, interpreted: bool) -> jax.Array:
+    """total + operand @ ref: a reference to shared memory, or what `to_operand` makes, times a reference."""
+    left_layout, right_layout = (
+        (None, None) if interpreted else (plgpu.Layout.MMA_LHS(ref.dtype), plgpu.Layout.MMA_RHS(ref.dtype))
+    )
+    is_array = isinstance(operand, list)
+    for i, part in enumerate(_parts(ref.shape[0], PART_COLUMNS if is_array else SWIZZLE_COLUMNS)):
+        left = operand[i] if is_array else plgpu.load(operand.at[:, part], layout=left_layout)
+        right = plgpu.load(ref.at[part], layout=right_layout)
         total = (
             total + jnp.dot(left, right, preferred_element_type=jnp.float32) if interpreted else plgpu.mma(total, left, right)
         )
     return total
 
 
+def product(operand, ref, shape: tuple[int, int], *, interpreted: bool) -> jax.Array:
+    """operand @ ref, as in `add_product`."""
+    return add_product(steps.full_matrix(shape, 0.0), operand, ref, interpreted=interpreted)
+
+
 def _parts(columns: int, size: int) -> list[slice]:
-    return [slice(start, start + size) for start in range(0, columns, size)]
+    return [slice(start, min(start + size, columns)) for start in range(0, columns, size)]
