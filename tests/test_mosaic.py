@@ -277,7 +277,7 @@ MUTATIONS = (
     ("attention_backward", 'plgpu.barrier_wait(memory["keys_ready"])', "None"),
     ("attention_backward", 'plgpu.barrier_wait(memory["sums_ready"])', "None"),
     ("attention_backward", "seen = steps.visible(g, rows, columns, [piece], config.keys)", "seen = True"),
-    ("attention_backward", "weights * (d_weights - delta)", "weights * d_weights"),
+    ("steps", "weights * (d_weights - delta)", "weights * d_weights"),
     ("block_scores", 'plgpu.barrier_wait(own["query_ready"])', "None"),
     ("block_scores", 'ring.wait_for_room(memory["free"].at[slot], i, config.stages)', "None"),
     ("block_scores", "logits = jnp.where((first <= position) & (position <= last), logits, -jnp.inf)", "pass"),
