@@ -114,8 +114,10 @@ def _query_kernel(g, inputs, d_query, memory, interpreted):
 
 
 def keys_of_block(g: Geometry) -> int:
-    """Keys of a thread block, whose sums of head_dim x keys are held in registers."""
-    return min(g.kv_block_size, 64 if max(g.key_columns, g.value_columns) <= 64 else 32)
+    """Keys of a thread block, whose sums of head_dim x keys are held in registers, beside what options need."""
+    has_options = g.logits_soft_cap or g.has_key_bias or g.has_window or g.has_segments
+    has_room = max(g.key_columns, g.value_columns) <= 64 and not has_options
+    return min(g.kv_block_size, 64 if has_room else 32)
 
 
 def differentiate_keys(

@@ -30,7 +30,7 @@ def finish_copies(memory, ready: str, slot=None, *, interpreted: bool) -> None:
 
     Args:
       memory: references to shared memory by name.
-      ready: the barrier that they arrive at, in the interpreter: no copies have been started but those.
+      ready: the name of the barrier that they arrive at, in the interpreter.
       slot: which of several barriers.
     """
     if interpreted:
