@@ -18,6 +18,10 @@ from sparse_attn_jax.scoring_problem import ScoringProblem
 # In order of preference, where nothing was measured.
 IMPLEMENTATIONS: Mapping[str, ModuleType] = {"mosaic": mosaic, "cuda": cuda, "xla": xla}
 
+# For Ampere both have kernels of the same structure. Those of `cuda` have more head_dims, and their simulation runs the very
+# copies and waits that are compiled.
+AMPERE_ORDER = ("cuda", "mosaic", "xla")
+
 # The names of the library's own custom calls. An exported program depends on them, which `jax.export.export` wants to be told:
 # disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(name) for name in CUSTOM_CALL_TARGETS].
 CUSTOM_CALL_TARGETS: tuple[str, ...] = cuda.CUSTOM_CALL_TARGETS
@@ -64,10 +68,15 @@ def reasons_against(name: str, problem: AnyProblem) -> tuple[str, ...]:
     return getattr(get(name), supports)(problem)
 
 
+def default_order(problem: AnyProblem) -> tuple[str, ...]:
+    """The order of preference for a problem, where nothing was measured."""
+    return AMPERE_ORDER if problem.compute_capability == "8.0" else tuple(IMPLEMENTATIONS)
+
+
 def requested_names(implementation: str | Sequence[str] | None, problem: AnyProblem | None = None) -> tuple[str, ...]:
     """The implementations to consider, in order: as given, or the fastest first as far as they were measured on the device."""
     if implementation is None:
-        return tuple(IMPLEMENTATIONS) if problem is None else measured.fastest_first(IMPLEMENTATIONS, problem)
+        return tuple(IMPLEMENTATIONS) if problem is None else measured.fastest_first(default_order(problem), problem)
     names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
     for name in names or ("",):
         if name not in IMPLEMENTATIONS:

@@ -39,6 +39,17 @@ def from_bits(x: jax.Array, dtype) -> jax.Array:
 HAS_MOSAIC_GPU = jax.__version_info__ >= (0, 11)
 
 
+# Those for Ampere, which have no TMA, need `plgpu.mma` and `plgpu.wait_gmem_to_smem` as of 0.11.2.
+HAS_MOSAIC_GPU_FOR_AMPERE = jax.__version_info__ >= (0, 11, 2)
+
+
+def lowering_compute_capability() -> str:
+    """The one that Pallas kernels are lowered for: that of the default device, and 9.0 where that is no GPU."""
+    device = jax.config.jax_default_device
+    device = device if isinstance(device, jax.Device) else jax.local_devices()[0]
+    return getattr(device, "compute_capability", "9.0")
+
+
 def interprets_kernels() -> bool:
     """Whether Pallas kernels run in JAX's interpreter of GPUs: inside `plgpu.force_gpu_interpret_mode`."""
     return jax_config.pallas_tpu_interpret_mode_context_manager.value is not None

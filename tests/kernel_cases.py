@@ -44,9 +44,13 @@ def attend_with(implementation: str, inputs: Inputs, selection=None) -> compare.
     return attend
 
 
-def mesh_of_hoppers(size: int = 1) -> jax.sharding.AbstractMesh:
-    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+def mesh_of(device_kind: str, num_cores: int, size: int = 1) -> jax.sharding.AbstractMesh:
+    device = jax.sharding.AbstractDevice(device_kind=device_kind, num_cores=num_cores, platform="gpu")
     return jax.sharding.AbstractMesh((size,), ("data",), (jax.sharding.AxisType.Auto,), abstract_device=device)
+
+
+def mesh_of_hoppers(size: int = 1) -> jax.sharding.AbstractMesh:
+    return mesh_of("NVIDIA H100 80GB HBM3", 132, size)
 
 
 def trace_for_hopper(run: Callable, *arguments) -> jax.stages.Traced:

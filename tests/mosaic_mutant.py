@@ -35,6 +35,16 @@ def attention():
     return lambda: compare.assert_results_match(results, inputs)
 
 
+def ampere_attention():
+    """The same for Ampere."""
+    from unittest import mock
+
+    from sparse_attn_jax.implementations import mosaic
+
+    with mock.patch.object(mosaic, "kernels_of", lambda problem: (mosaic.ampere_forward, mosaic.ampere_backward)):
+        return attention()
+
+
 def selection():
     """The same for those of block selection."""
     from selection_calls import make_call
@@ -53,12 +63,18 @@ def selection():
 SELECTION_MODULES = ("scoring_layout", "block_scores", "kth_largest")
 
 
+def check_of(module: str):
+    if module in SELECTION_MODULES:
+        return selection
+    return ampere_attention if module.startswith("ampere") else attention
+
+
 def main(arguments: list[str]) -> int:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     if arguments:
         apply(*arguments)
-    checks = [selection if arguments[0] in SELECTION_MODULES else attention] if arguments else [attention, selection]
+    checks = [check_of(arguments[0])] if arguments else [attention, ampere_attention, selection]
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         try:
             compare_all = [check() for check in checks]

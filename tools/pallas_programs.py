@@ -1,4 +1,4 @@
-"""Compiles a program with the Pallas kernels for an H100 that is not there, and prints what became of it as a JSON line.
+"""Compiles a program with the Pallas kernels for a GPU that is not there, and prints what became of it as a JSON line.
 
     python -m tools.pallas_programs NAME
     python -m tools.pallas_programs --list
@@ -49,6 +49,19 @@ platform_name: "CUDA" dnn_version_info { major: 9 minor: 7 } runtime_version { m
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
+A100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 167936
+  threads_per_core_limit: 2048 core_count: 108 fpus_per_core: 64
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 2039000000000 l2_cache_size: 41943040 clock_rate_ghz: 1.41 device_memory_size: 85031714816
+  shared_memory_per_block_optin: 166912 cuda_compute_capability { major: 8 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 7 } runtime_version { major: 13 }
+device_description_str: "NVIDIA A100-SXM4-80GB"
+"""
+
 # Of all programs but the last.
 TOKENS, NUM_Q_HEADS, NUM_KV_HEADS, NUM_SLOTS = 16_384, 32, 2, 64
 LONG = 131_072
@@ -58,13 +71,14 @@ ALL_OPTIONS = dict(local_window_size=(8192, 0), num_sinks=4, logits_soft_cap=30.
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A function of arrays, and their shapes and dtypes."""
+    """A function of arrays, their shapes and dtypes, and the device."""
 
     run: Callable
     arguments: tuple[tuple[tuple[int, ...], str], ...]
+    device: str = H100
 
 
-def attention(head_dim: int, block: int, dtype: str = "bfloat16", with_options: bool = False) -> Program:
+def attention(head_dim: int, block: int, dtype: str = "bfloat16", with_options: bool = False, device: str = H100) -> Program:
     """Forward and backward, of a list per token and of all options at once."""
     options = ALL_OPTIONS if with_options else {}
 
@@ -82,7 +96,7 @@ def attention(head_dim: int, block: int, dtype: str = "bfloat16", with_options: 
     query, key = ((1, TOKENS, heads, head_dim) for heads in (NUM_Q_HEADS, NUM_KV_HEADS))
     lists, bias, segments = (1, NUM_KV_HEADS, TOKENS, NUM_SLOTS), (1, NUM_KV_HEADS, TOKENS), (1, TOKENS)
     shapes = (query, dtype), (key, dtype), (key, dtype), (lists, "int32"), (bias, "float32"), (segments, "int32")
-    return Program(run, shapes)
+    return Program(run, shapes, device)
 
 
 def selection(head_dim: int, dtype: str = "bfloat16", **options) -> Program:
@@ -137,6 +151,8 @@ def training_step() -> Program:
 
 
 SIZES = ((64, 16), (64, 64), (128, 16), (128, 32), (128, 64), (128, 128), (192, 64), (256, 16), (256, 64))
+AMPERE_SIZES = ((64, 16), (64, 64), (128, 16), (128, 32), (128, 64), (128, 128))
+AMPERE_SIZES_WITH_OPTIONS = ((64, 16), (64, 64), (128, 16), (128, 64))
 PROGRAMS: dict[str, Callable[[], Program]] = {
     **{f"attention, head_dim {dim}, blocks of {block}": functools.partial(attention, dim, block) for dim, block in SIZES},
     "attention, head_dim 128, blocks of 64, float16": functools.partial(attention, 128, 64, "float16"),
@@ -151,17 +167,31 @@ PROGRAMS: dict[str, Callable[[], Program]] = {
     "selection, head_dim 128, exact": functools.partial(selection, 128, coarse_lse=False),
     "selection, head_dim 128, overlap_sum": functools.partial(selection, 128, pooling="overlap_sum"),
     "selection, head_dim 128, a list per query head": functools.partial(selection, 128, group_reduction=None),
+    **{
+        f"attention on an A100, head_dim {head_dim}, blocks of {block}": functools.partial(
+            attention, head_dim, block, device=A100
+        )
+        for head_dim, block in AMPERE_SIZES
+    },
+    **{
+        f"attention on an A100, head_dim {head_dim}, blocks of {block}, all options": functools.partial(
+            attention, head_dim, block, with_options=True, device=A100
+        )
+        for head_dim, block in AMPERE_SIZES_WITH_OPTIONS
+    },
+    "attention on an A100, head_dim 128, blocks of 64, float16": functools.partial(attention, 128, 64, "float16", device=A100),
     "training step, 131,072 tokens": training_step,
 }
 
 
 def compile_program(program: Program) -> dict:
     """Bytes of the compiled program, and its kernels by name."""
-    topology = topologies.get_topology_desc("", platform="cuda", target_config=H100, topology="1x1x1")
+    topology = topologies.get_topology_desc("", platform="cuda", target_config=program.device, topology="1x1x1")
     mesh = topologies.make_mesh(topology, (1,), ("x",))
     everywhere = NamedSharding(mesh, PartitionSpec())
     arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere) for shape, dtype in program.arguments]
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    # Pallas lowers for the default device.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), jax.default_device(topology.devices[0]):
         compiled = jax.jit(program.run).lower(*arguments).compile()
     memory = compiled.memory_analysis()
     sizes = dict(temporaries="temp_size_in_bytes", arguments="argument_size_in_bytes", results="output_size_in_bytes")
@@ -191,6 +221,8 @@ def read_kernel(name: str, dumps: set[Path]) -> dict[str, int]:
         shared_bytes=most(r"smem_scratch_bytes=(\d+)", "resources.txt"),
         barriers=max(barriers),
         wgmma=max(text.count("wgmma.mma_async") for text in texts["ptx"]),
+        mma=max(text.count("mma.sync") for text in texts["ptx"]),
+        cp_async=max(len(re.findall(r"cp[.]async[.]c[ag]", text)) for text in texts["ptx"]),
     )
 
 

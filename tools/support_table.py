@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from sparse_attn_jax import dispatch
+from sparse_attn_jax import dispatch, jax_compat
 from sparse_attn_jax.bound_problem import BoundProblem, ExtremaProblem
 from sparse_attn_jax.implementations.cuda import library
 from sparse_attn_jax.paged_problem import PagedProblem
@@ -82,9 +82,11 @@ def rows_of_calls() -> list[tuple[str, ...]]:
     for kind, (name, _) in dispatch.CALLS.items():
         what = EXAMPLES[kind]
         found += [(name, "`xla`", "any", *sizes, "CPU") for sizes in supported("xla", what, platform="cpu")]
-        mosaic = supported("mosaic", what, platform="gpu", compute_capability="9.0")
-        run = ", ".join(["CPU, interpreted", *(devices_of(["9.0"]) or [NO_GPU])])
-        found += [(name, "`mosaic`", "GPU of 9.0", *sizes, run) for sizes in mosaic]
+        for capability in ("9.0", "8.0"):
+            with mock.patch.object(jax_compat, "lowering_compute_capability", lambda capability=capability: capability):
+                mosaic = supported("mosaic", what, platform="gpu", compute_capability=capability)
+            run = ", ".join(["CPU, interpreted", *(devices_of([capability]) or [NO_GPU])])
+            found += [(name, "`mosaic`", f"GPU of {capability}", *sizes, run) for sizes in mosaic]
         for arch in library.ARCHITECTURES["9.0"]:
             capabilities = [able for able, folders in library.ARCHITECTURES.items() if arch in folders]
             simulator = os.environ.get(library.HOST_SIM) or "1"

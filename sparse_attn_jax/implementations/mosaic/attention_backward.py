@@ -5,6 +5,7 @@ block, the tiles that chose it. Each is written by one thread block: there are n
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -70,16 +71,15 @@ def choose_key_config(g: Geometry, interpreted: bool = False) -> KeyGradientConf
     )
 
 
-def _run(arrays, outputs, attributes):
+def _run(differentiate, arrays, outputs, attributes):
     """One device's part of a call."""
     del outputs
     *arrays, d_out, lse, delta, offsets, tiles, slots, first_parts, first_partials = arrays
     g, inputs = prepare.kernel_inputs(arrays, attributes)
     interpreted, num_partials = attributes["interpreted"], attributes["num_partials"]
     inputs |= prepare.gradient_inputs(g, d_out, lse, delta)
-    d_query = differentiate_queries(g, choose_query_config(g, interpreted), inputs)
     inputs |= prepare.inverse_inputs(g, offsets, tiles, slots, first_parts, first_partials, num_partials)
-    whole, partial = differentiate_keys(g, choose_key_config(g, interpreted), inputs, num_partials)
+    d_query, whole, partial = differentiate(g, inputs, num_partials, interpreted)
     if num_partials:
         summed = {name: sum_partials(g, x, inputs["ranges"]) for name, x in partial.items()}
         whole = {name: prepare.choose_summed(g, inputs["ranges"], summed[name], x) for name, x in whole.items()}
@@ -90,16 +90,26 @@ def _run(arrays, outputs, attributes):
     return layout.from_slices(g, d_query)[..., : g.head_dim], d_key[..., : g.head_dim], d_value[..., : g.value_head_dim], d_bias
 
 
-BACKWARD = EntryPoint(
-    _run,
-    (
-        *AXES.values(),
-        *("bshf", "bsh", "bsh"),  # d_out, lse, delta
-        *("Ppo", "Ppe", "Ppe"),  # the inverse: offsets, tiles, slots
-        *("Ppo", "Ppa"),  # the parts of its lists: first_parts, first_partials
-    ),
-    (Result("d_query", "bshd"), Result("d_key", "btkd"), Result("d_value", "btkf"), Result("d_key_bias", "bkt", "float32")),
-)
+def entry_point(differentiate) -> EntryPoint:
+    """Of kernels that differentiate(g, inputs, num_partials, interpreted), as `_differentiate` does."""
+    return EntryPoint(
+        functools.partial(_run, differentiate),
+        (
+            *AXES.values(),
+            *("bshf", "bsh", "bsh"),  # d_out, lse, delta
+            *("Ppo", "Ppe", "Ppe"),  # the inverse: offsets, tiles, slots
+            *("Ppo", "Ppa"),  # the parts of its lists: first_parts, first_partials
+        ),
+        (Result("d_query", "bshd"), Result("d_key", "btkd"), Result("d_value", "btkf"), Result("d_key_bias", "bkt", "float32")),
+    )
+
+
+def _differentiate(g, inputs, num_partials, interpreted):
+    d_query = differentiate_queries(g, choose_query_config(g, interpreted), inputs)
+    return d_query, *differentiate_keys(g, choose_key_config(g, interpreted), inputs, num_partials)
+
+
+BACKWARD = entry_point(_differentiate)
 
 
 def backward(
@@ -111,13 +121,15 @@ def backward(
     lse: jax.Array,
     d_out: jax.Array,
     d_lse: jax.Array,
+    *,
+    entry: EntryPoint = BACKWARD,
 ) -> Operands:
     """Gradients of the operands, each in its operand's shape and dtype, from the results of `forward` and their cotangents."""
     plan = add_inverse(plan)
     parts = split_lists(plan)
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1) - d_lse
     bias = operands.key_bias
-    d_query, d_key, d_value, d_bias = BACKWARD(
+    d_query, d_key, d_value, d_bias = entry(
         *attention_arguments(problem, operands, plan, mask),
         d_out.astype(operands.query.dtype),
         lse,
@@ -133,29 +145,6 @@ def backward(
     )
     d_bias = None if bias is None else d_bias.astype(bias.dtype)
     return dataclasses.replace(operands, query=d_query, key=d_key, value=d_value, key_bias=d_bias)
-
-
-def _gradient_of_logits(g, own, stats, key, value, bias, masked):
-    """Weights, gradients of logits, and those of scores before their scale: [64, keys] each, float32.
-
-    Args:
-      g: the call.
-      own: refs of the slice's query and d_out.
-      stats: a function that loads the rows' lse in units of log 2, and delta.
-      key: ref.
-      value: ref.
-      bias: ref, or `None`.
-      masked: sets matrices to 0 where a row does not see a key.
-    """
-    shape = (SLICE_ROWS, key.shape[0])
-    logits, slope = steps.logits_of(g, steps.product(own["query"], key.transpose((1, 0)), shape))
-    if bias is not None:
-        logits += steps.over_rows(steps.load_columns(bias))
-    lse, delta = (steps.over_columns(x, shape[1]) for x in stats())
-    weights = jnp.exp2(logits - lse)
-    d_weights = steps.product(own["d_out"], value.transpose((1, 0)), shape)
-    weights, d_logits = masked(weights, weights * (d_weights - delta))
-    return weights, d_logits, d_logits * slope
 
 
 # --- queries ---
@@ -232,8 +221,8 @@ def _query_kernel(g, config, inputs, d_query, memory):
             plgpu.barrier_wait(memory["key_ready"].at[slot])
             plgpu.barrier_wait(memory["value_ready"].at[slot])
             key, value = memory["key"].at[slot], memory["value"].at[slot]
-            bias = memory["bias"].at[slot] if g.has_key_bias or not is_full else None
-            *_, gradient = _gradient_of_logits(g, own, stats, key, value, bias, masked)
+            bias = (lambda: steps.load_columns(memory["bias"].at[slot])) if g.has_key_bias or not is_full else None
+            *_, gradient = steps.gradient_of_logits(g, steps.product, own, stats, key, value, bias, masked)
             plgpu.barrier_arrive(memory["value_free"].at[slot])
             d_scores[...] = gradient.astype(g.dtype)
             plgpu.commit_smem()
@@ -274,20 +263,12 @@ def differentiate_keys(
     """
     chunks = g.kv_block_size // config.keys
 
-    def results(count, dtype):
-        shape = (g.batch, g.num_kv_heads, max(count, 1) * chunks)
-        found = dict(
-            key=jax.ShapeDtypeStruct((*shape, g.key_columns, config.keys), dtype),
-            value=jax.ShapeDtypeStruct((*shape, g.value_columns, config.keys), dtype),
-        )
-        return found | (dict(bias=jax.ShapeDtypeStruct((*shape, config.keys), jnp.float32)) if g.has_key_bias else {})
-
     def key_gradient(inputs, outputs, memory):
         _key_kernel(g, config, inputs, outputs, memory)
 
     found = plgpu.kernel(
         key_gradient,
-        out_type=dict(whole=results(g.num_kv_blocks, jnp.dtype(g.dtype)), partial=results(num_partials, jnp.float32)),
+        out_type=key_results(g, config.keys, num_partials),
         grid=(inputs["parts"].shape[2] * chunks, g.num_kv_heads, g.batch),
         grid_names=("item", "head", "batch"),
         num_threads=KEY_WARPGROUPS + 1,
@@ -296,6 +277,30 @@ def differentiate_keys(
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(inputs)
     return found["whole"], found["partial"]
+
+
+def key_results(g: Geometry, keys: int, num_partials: int) -> dict:
+    """Shapes and dtypes of what `differentiate_keys` returns, for chunks of so many keys."""
+
+    def results(count, dtype):
+        shape = (g.batch, g.num_kv_heads, max(count, 1) * g.kv_block_size // keys)
+        found = {x: jax.ShapeDtypeStruct((*shape, getattr(g, f"{x}_columns"), keys), dtype) for x in ("key", "value")}
+        return found | (dict(bias=jax.ShapeDtypeStruct((*shape, keys), jnp.float32)) if g.has_key_bias else {})
+
+    return dict(whole=results(g.num_kv_blocks, jnp.dtype(g.dtype)), partial=results(num_partials, jnp.float32))
+
+
+def write_sums(outputs, name: str, place, whole_index, partial_index, total: jax.Array) -> None:
+    """To the gradient if the list has one part, to the sums of parts else, or nowhere: as `place` says."""
+
+    @pl.when(place == prepare.WHOLE)
+    def write_gradient():
+        ref = outputs["whole"][name]
+        jax_compat.store_to_global(ref.at[whole_index], total.astype(ref.dtype))
+
+    @pl.when(place >= 0)
+    def write_partial():
+        jax_compat.store_to_global(outputs["partial"][name].at[partial_index], total)
 
 
 def key_memory_of(g: Geometry, config: KeyGradientConfig) -> dict:
@@ -364,7 +369,8 @@ def _key_kernel(g, config, inputs, outputs, memory):
                 seen = steps.visible(g, rows, columns, [piece], config.keys)
                 return tuple(jnp.where(seen, x, 0.0) for x in matrices)
 
-            found = _gradient_of_logits(g, own, stats, memory["key"], memory["value"], memory["bias"], masked)
+            bias = lambda: steps.load_columns(memory["bias"])
+            found = steps.gradient_of_logits(g, steps.product, own, stats, memory["key"], memory["value"], bias, masked)
             probs, d_logits, d_scores = found
             weights[...] = probs.astype(g.dtype)
             plgpu.commit_smem()
@@ -385,17 +391,8 @@ def _key_kernel(g, config, inputs, outputs, memory):
         sums["key"] *= g.scale
 
         for name in sums:
-
-            def write(total, name=name):
-                @pl.when(place == prepare.WHOLE)
-                def write_gradient():
-                    ref = outputs["whole"][name]
-                    jax_compat.store_to_global(ref.at[batch, head, block * chunks + chunk], total.astype(ref.dtype))
-
-                @pl.when(place >= 0)
-                def write_partial():
-                    jax_compat.store_to_global(outputs["partial"][name].at[batch, head, place * chunks + chunk], total)
-
+            places = ((batch, head, index * chunks + chunk) for index in (block, place))
+            write = functools.partial(write_sums, outputs, name, place, *places)
             _add_sums(memory, warpgroup, sums[name], write)
 
     @pl.when(warpgroup == KEY_WARPGROUPS)

@@ -125,6 +125,30 @@ def logits_of(g: Geometry, scores: jax.Array) -> tuple[jax.Array, jax.Array | fl
     return share * (g.logits_soft_cap * LOG2_E), 1.0 - share * share
 
 
+def gradient_of_logits(g: Geometry, multiply, own, stats, key, value, bias, masked):
+    """Weights, gradients of logits, and those of scores before their scale: [64, keys] each, float32.
+
+    Args:
+      g: the call.
+      multiply: `product`, or another of the kind.
+      own: refs of the slice's query and d_out.
+      stats: a function that loads the rows' lse in units of log 2, and delta.
+      key: ref.
+      value: ref.
+      bias: a function that loads it, or `None`.
+      masked: sets matrices to 0 where a row does not see a key.
+    """
+    shape = (SLICE_ROWS, key.shape[0])
+    logits, slope = logits_of(g, multiply(own["query"], key.transpose((1, 0)), shape))
+    if bias is not None:
+        logits += over_rows(bias())
+    lse, delta = (over_columns(x, shape[1]) for x in stats())
+    weights = jnp.exp2(logits - lse)
+    d_weights = multiply(own["d_out"], value.transpose((1, 0)), shape)
+    weights, d_logits = masked(weights, weights * (d_weights - delta))
+    return weights, d_logits, d_logits * slope
+
+
 @dataclasses.dataclass(frozen=True)
 class Piece:
     """Keys that lie one after another: a part of one KV block.

@@ -1,0 +1,235 @@
+"""Block-sparse flash attention, backward, as Pallas kernels for Ampere.
+
+They walk what those of `attention_backward` do, and write where they do. A thread block is one warpgroup.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from sparse_attn_jax import jax_compat
+from sparse_attn_jax.implementations.mosaic import ampere_ring, ampere_steps, attention_backward, steps
+from sparse_attn_jax.implementations.mosaic.ampere_ring import STAGES
+from sparse_attn_jax.implementations.mosaic.geometry import SLICE_ROWS, Geometry
+
+# What is copied of each slice of query rows; its tables go to registers.
+OF_SLICE = ("query", "d_out")
+
+
+def _differentiate(g, inputs, num_partials, interpreted):
+    d_query = differentiate_queries(g, inputs, interpreted=interpreted)
+    return d_query, *differentiate_keys(g, inputs, num_partials, interpreted=interpreted)
+
+
+BACKWARD = attention_backward.entry_point(_differentiate)
+backward = functools.partial(attention_backward.backward, entry=BACKWARD)
+
+
+def _load_rows_of(g: Geometry, inputs, batch, head, slice_index) -> dict[str, jax.Array]:
+    """Tables of the rows of a slice, by name."""
+    tables = steps.part_of(inputs["rows"], batch, head).at[slice_index]
+    return {name: steps.load_rows(tables.at[i]) for i, name in enumerate(g.row_names)}
+
+
+def _copy_slice(inputs, memory, batch, head, slice_index, ready, *, interpreted: bool) -> None:
+    for name in OF_SLICE:
+        source = steps.part_of(inputs[name], batch, head).at[slice_index]
+        ampere_steps.start_copy(source, memory[name], ready, interpreted=interpreted)
+
+
+# --- queries ---
+
+
+def differentiate_queries(g: Geometry, inputs: dict[str, jax.Array], *, interpreted: bool) -> jax.Array:
+    """As `attention_backward.differentiate_queries`."""
+
+    def query_gradient(inputs, d_query, memory):
+        _query_kernel(g, inputs, d_query, memory, interpreted)
+
+    return plgpu.kernel(
+        query_gradient,
+        out_type=jax.ShapeDtypeStruct((g.batch, g.num_kv_heads, g.num_slices, SLICE_ROWS, g.key_columns), jnp.dtype(g.dtype)),
+        grid=(g.num_slices, g.num_kv_heads, g.batch),
+        grid_names=("item", "head", "batch"),
+        scratch_types=dict(memory=query_memory_of(g, interpreted)),
+        compiler_params=ampere_steps.COMPILER_PARAMS,
+    )(ampere_ring.with_margins(g, inputs))
+
+
+def query_memory_of(g: Geometry, interpreted: bool) -> dict:
+    """Shared memory of a thread block, by name."""
+    rows = lambda columns: steps.smem((SLICE_ROWS, columns), jnp.dtype(g.dtype))
+    memory = dict(query=rows(g.key_columns), d_out=rows(g.value_columns))
+    if interpreted:
+        memory["slice_ready"] = plgpu.Barrier(num_arrivals=len(OF_SLICE))
+    return memory | ampere_ring.memory(g, interpreted=interpreted)
+
+
+def _query_kernel(g, inputs, d_query, memory, interpreted):
+    batch, head = lax.axis_index("batch"), lax.axis_index("head")
+    item = g.num_slices - 1 - lax.axis_index("item")
+    ids, words, spans = steps.list_of(g, inputs, batch, head, item // g.slices_per_tile)
+    finish_copies = functools.partial(ampere_steps.finish_copies, memory, interpreted=interpreted)
+    multiply = functools.partial(ampere_steps.product, interpreted=interpreted)
+    start_chunk = functools.partial(
+        ampere_ring.start_chunk, g, inputs, memory, batch, head, ids, spans, interpreted=interpreted
+    )
+
+    slice_ready = memory["slice_ready"] if interpreted else None
+    _copy_slice(inputs, memory, batch, head, item, slice_ready, interpreted=interpreted)
+    start_chunk(jnp.int32(0))
+    rows = _load_rows_of(g, inputs, batch, head, item)
+    stats = [steps.load_rows(inputs["stats"].at[batch, head, item, i]) for i in range(2)]
+    finish_copies("slice_ready")
+
+    def add_chunk(is_full, step, total):
+        slot = lax.rem(step, jnp.int32(STAGES))
+        finish_copies("ready", slot)
+        start_chunk(step + 1)
+        pieces = steps.pieces_of(g, ids, None if is_full else words, spans[0], step)
+
+        def masked(*matrices):
+            if is_full:
+                return matrices
+            columns = ampere_ring.load_columns_of(g, inputs, batch, pieces)
+            seen = steps.visible(g, rows, columns, pieces, g.piece_keys)
+            return tuple(jnp.where(seen, x, 0.0) for x in matrices)
+
+        key, value = memory["key"].at[slot], memory["value"].at[slot]
+        table = steps.part_of(inputs["bias"], batch, head)
+        bias = (lambda: ampere_ring.load_of_keys(g, table, pieces)) if g.has_key_bias or not is_full else None
+        *_, gradient = steps.gradient_of_logits(g, multiply, memory, lambda: stats, key, value, bias, masked)
+        gradient = ampere_steps.to_operand(gradient, g.dtype, interpreted=interpreted)
+        return ampere_steps.add_product(total, gradient, key, interpreted=interpreted)
+
+    total = steps.over_chunks(g, spans, add_chunk, steps.full_matrix((SLICE_ROWS, g.key_columns), 0.0))
+    jax_compat.store_to_global(d_query.at[batch, head, item], (total * g.scale).astype(g.dtype))
+
+
+# --- keys and values ---
+
+
+def keys_of_block(g: Geometry) -> int:
+    """Keys of a thread block, whose sums of head_dim x keys are held in registers, beside what options need."""
+    has_options = g.logits_soft_cap or g.has_key_bias or g.has_window or g.has_segments
+    has_room = max(g.key_columns, g.value_columns) <= 64 and not has_options
+    return min(g.kv_block_size, 64 if has_room else 32)
+
+
+def differentiate_keys(
+    g: Geometry, inputs: dict[str, jax.Array], num_partials: int, *, interpreted: bool
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """As `attention_backward.differentiate_keys`."""
+    keys = keys_of_block(g)
+
+    def key_gradient(inputs, outputs, memory):
+        _key_kernel(g, keys, inputs, outputs, memory, interpreted)
+
+    found = plgpu.kernel(
+        key_gradient,
+        out_type=attention_backward.key_results(g, keys, num_partials),
+        grid=(inputs["parts"].shape[2] * (g.kv_block_size // keys), g.num_kv_heads, g.batch),
+        grid_names=("item", "head", "batch"),
+        scratch_types=dict(memory=key_memory_of(g, keys, interpreted)),
+        # The sums over rows, of which each warp has some, pass through memory of the compiler.
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(inputs)
+    return found["whole"], found["partial"]
+
+
+def key_memory_of(g: Geometry, keys: int, interpreted: bool) -> dict:
+    """Shared memory of a thread block, by name."""
+    dtype = jnp.dtype(g.dtype)
+    of_keys = lambda columns: steps.smem((keys, columns), dtype, ampere_ring.swizzle_of(keys, columns))
+    rows = lambda columns: steps.smem((STAGES, SLICE_ROWS, columns), dtype)
+    memory = dict(
+        key=of_keys(g.key_columns),
+        value=of_keys(g.value_columns),
+        query=rows(g.key_columns),
+        d_out=rows(g.value_columns),
+        weights=steps.smem((SLICE_ROWS, keys), dtype, 2 * keys),
+    )
+    if interpreted:
+        memory["keys_ready"] = plgpu.Barrier(num_arrivals=2)
+        memory["ready"] = plgpu.Barrier(num_arrivals=len(OF_SLICE), num_barriers=STAGES)
+    return memory
+
+
+def _key_kernel(g, keys, inputs, outputs, memory, interpreted):
+    batch, head = lax.axis_index("batch"), lax.axis_index("head")
+    chunks = g.kv_block_size // keys
+    chunk = lax.rem(lax.axis_index("item"), jnp.int32(chunks))
+    part = steps.part_of(inputs["parts"], batch, head).at[lax.axis_index("item") // chunks]
+    block, start, stop, place = (part[i] for i in range(4))
+    tiles, slots = (steps.part_of(inputs[name], batch, head) for name in ("tiles", "slots"))
+    first_key = block * g.kv_block_size + chunk * keys
+    num_slices = (stop - start) * g.slices_per_tile
+    finish_copies = functools.partial(ampere_steps.finish_copies, memory, interpreted=interpreted)
+    multiply = functools.partial(ampere_steps.product, interpreted=interpreted)
+    add_product = functools.partial(ampere_steps.add_product, interpreted=interpreted)
+
+    def tile_of(index):
+        """Of a slice of the list: its entry, its tile, whether there is such a one, and the slice's number."""
+        entry = start + index // g.slices_per_tile
+        tile = jnp.minimum(tiles[entry], g.num_tiles - 1)
+        number = tile * g.slices_per_tile + lax.rem(index, jnp.int32(g.slices_per_tile))
+        return entry, tile, tiles[entry] < g.num_tiles, number
+
+    def start_slice(index):
+        @pl.when(index < num_slices)
+        def copy_slice():
+            slot = lax.rem(index, jnp.int32(STAGES))
+            ready = memory["ready"].at[slot] if interpreted else None
+            own = {name: memory[name].at[slot] for name in OF_SLICE}
+            _copy_slice(inputs, own, batch, head, tile_of(index)[-1], ready, interpreted=interpreted)
+
+    own_keys = pl.ds(first_key, keys)
+    for name in ("key", "value"):
+        source = steps.part_of(inputs[name], batch, head).at[own_keys]
+        keys_ready = memory["keys_ready"] if interpreted else None
+        ampere_steps.start_copy(source, memory[name], keys_ready, interpreted=interpreted)
+    start_slice(jnp.int32(0))
+    bias = steps.load_columns(steps.part_of(inputs["bias"], batch, head).at[own_keys])
+    tables = steps.part_of(inputs["columns"], batch) if g.column_names else None
+    columns = {name: steps.load_columns(tables.at[i, own_keys]) for i, name in enumerate(g.column_names)}
+    finish_copies("keys_ready")
+
+    def add_slice(index, sums):
+        slot = lax.rem(index, jnp.int32(STAGES))
+        entry, tile, exists, slice_index = tile_of(index)
+        words = []
+        if g.has_membership:
+            of_tile = steps.part_of(inputs["words"], batch, head).at[tile, slots[entry]]
+            words = [of_tile[i] for i in range(g.num_words)]
+        piece = steps.Piece(exists, first_key, words)
+        finish_copies("ready", slot)
+        start_slice(index + 1)
+        stats = lambda: [steps.load_rows(inputs["stats"].at[batch, head, slice_index, i]) for i in range(2)]
+
+        def masked(*matrices):
+            rows = _load_rows_of(g, inputs, batch, head, slice_index)
+            seen = steps.visible(g, rows, columns, [piece], keys) & exists
+            return tuple(jnp.where(seen, x, 0.0) for x in matrices)
+
+        own = {name: memory[name].at[slot] for name in OF_SLICE}
+        found = steps.gradient_of_logits(g, multiply, own, stats, memory["key"], memory["value"], lambda: bias, masked)
+        weights, d_logits, d_scores = found
+        memory["weights"][...] = weights.astype(g.dtype)
+        d_value = add_product(sums["value"], own["d_out"].transpose((1, 0)), memory["weights"])
+        memory["weights"][...] = d_scores.astype(g.dtype)
+        d_key = add_product(sums["key"], own["query"].transpose((1, 0)), memory["weights"])
+        d_bias = dict(bias=sums["bias"] + d_logits.sum(axis=0)) if g.has_key_bias else {}
+        return dict(key=d_key, value=d_value) | d_bias
+
+    sums = {name: steps.full_matrix((getattr(g, f"{name}_columns"), keys), 0.0) for name in ("key", "value")}
+    if g.has_key_bias:
+        sums["bias"] = plgpu.layout_cast(jnp.zeros((keys,), jnp.float32), steps.COLUMN)
+    sums = lax.fori_loop(0, num_slices, add_slice, sums)
+    sums["key"] *= g.scale
+    for name, total in sums.items():
+        places = ((batch, head, index * chunks + chunk) for index in (block, place))
+        attention_backward.write_sums(outputs, name, place, *places, total)

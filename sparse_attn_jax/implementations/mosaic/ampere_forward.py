@@ -1,0 +1,121 @@
+"""Block-sparse flash attention, forward, as a Pallas kernel for Ampere.
+
+The structure is FlashAttention-2's: a thread block is one warpgroup with a slice of 64 rows. It multiplies one chunk of keys
+and values while the next is copied into shared memory.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from sparse_attn_jax import jax_compat
+from sparse_attn_jax.arguments import AXES, attention_arguments
+from sparse_attn_jax.entry_point import EntryPoint, Result
+from sparse_attn_jax.implementations.mosaic import ampere_ring, ampere_steps, layout, prepare, steps
+from sparse_attn_jax.implementations.mosaic.geometry import CHUNK_KEYS, SLICE_ROWS, Geometry
+from sparse_attn_jax.planning import TilePlan
+from sparse_attn_jax.problem import Operands, Problem, TokenMask
+
+
+def _run(arrays, outputs, attributes):
+    """One device's part of a call."""
+    del outputs
+    g, inputs = prepare.kernel_inputs(arrays, attributes)
+    out, lse = attend_slices(g, inputs, interpreted=attributes["interpreted"])
+    return layout.from_slices(g, out)[..., : g.value_head_dim], layout.from_slices(g, lse)
+
+
+FORWARD = EntryPoint(_run, tuple(AXES.values()), (Result("out", "bshf"), Result("lse", "bsh", "float32")))
+
+
+def forward(problem: Problem, operands: Operands, plan: TilePlan, mask: TokenMask) -> tuple[jax.Array, jax.Array]:
+    """As `attention_forward.forward`."""
+    attributes = prepare.call_attributes(problem, plan)
+    return FORWARD(*attention_arguments(problem, operands, plan, mask), **attributes)
+
+
+def attend_slices(g: Geometry, inputs: dict[str, jax.Array], *, interpreted: bool) -> tuple[jax.Array, jax.Array]:
+    """As `attention_forward.attend_slices`."""
+
+    def attention_forward(inputs, outputs, memory):
+        _kernel(g, inputs, outputs, memory, interpreted)
+
+    slices = (g.batch, g.num_kv_heads, g.num_slices, SLICE_ROWS)
+    results = plgpu.kernel(
+        attention_forward,
+        out_type=dict(
+            out=jax.ShapeDtypeStruct((*slices, g.value_columns), jnp.dtype(g.dtype)),
+            lse=jax.ShapeDtypeStruct(slices, jnp.float32),
+        ),
+        grid=(g.num_slices, g.num_kv_heads, g.batch),
+        grid_names=("item", "head", "batch"),
+        scratch_types=dict(memory=memory_of(g, interpreted)),
+        compiler_params=ampere_steps.COMPILER_PARAMS,
+    )(ampere_ring.with_margins(g, inputs))
+    return results["out"], results["lse"]
+
+
+def memory_of(g: Geometry, interpreted: bool) -> dict:
+    """Shared memory of a thread block, by name."""
+    memory = dict(query=steps.smem((SLICE_ROWS, g.key_columns), jnp.dtype(g.dtype)))
+    if interpreted:
+        memory["query_ready"] = plgpu.Barrier()
+    return memory | ampere_ring.memory(g, interpreted=interpreted)
+
+
+def _kernel(g, inputs, outputs, memory, interpreted):
+    batch, head = lax.axis_index("batch"), lax.axis_index("head")
+    # The last tiles are the longest under causality, and start first.
+    item = g.num_slices - 1 - lax.axis_index("item")
+    ids, words, spans = steps.list_of(g, inputs, batch, head, item // g.slices_per_tile)
+    finish_copies = functools.partial(ampere_steps.finish_copies, memory, interpreted=interpreted)
+    start_chunk = functools.partial(
+        ampere_ring.start_chunk, g, inputs, memory, batch, head, ids, spans, interpreted=interpreted
+    )
+
+    query_ready = memory["query_ready"] if interpreted else None
+    query = inputs["query"].at[batch, head, item]
+    ampere_steps.start_copy(query, memory["query"], query_ready, interpreted=interpreted)
+    start_chunk(jnp.int32(0))
+    tables = steps.part_of(inputs["rows"], batch, head).at[item]
+    rows = {name: steps.load_rows(tables.at[i]) for i, name in enumerate(g.row_names)}
+    finish_copies("query_ready")
+
+    def attend_chunk(is_full, step, carry):
+        row_max, row_sum, acc = carry
+        slot = lax.rem(step, jnp.int32(ampere_ring.STAGES))
+        finish_copies("ready", slot)
+        start_chunk(step + 1)
+
+        shape = (SLICE_ROWS, CHUNK_KEYS)
+        scores = ampere_steps.product(memory["query"], memory["key"].at[slot].transpose((1, 0)), shape, interpreted=interpreted)
+        logits, _ = steps.logits_of(g, scores)
+        pieces = steps.pieces_of(g, ids, None if is_full else words, spans[0], step)
+        if g.has_key_bias or not is_full:
+            bias = steps.part_of(inputs["bias"], batch, head)
+            logits += steps.over_rows(ampere_ring.load_of_keys(g, bias, pieces))
+        if not is_full:
+            columns = ampere_ring.load_columns_of(g, inputs, batch, pieces)
+            logits = jnp.where(steps.visible(g, rows, columns, pieces, g.piece_keys), logits, -jnp.inf)
+
+        new_max = jnp.maximum(row_max, logits.max(axis=1))
+        shift = jnp.where(new_max == -jnp.inf, 0.0, new_max)
+        weights = jnp.exp2(logits - steps.over_columns(shift, CHUNK_KEYS))
+        rescale = jnp.exp2(row_max - shift)
+        row_sum = row_sum * rescale + weights.sum(axis=1)
+        acc *= steps.over_columns(rescale, g.value_columns)
+        weights = ampere_steps.to_operand(weights, g.dtype, interpreted=interpreted)
+        acc = ampere_steps.add_product(acc, weights, memory["value"].at[slot], interpreted=interpreted)
+        return new_max, row_sum, acc
+
+    carry = steps.full_rows(-jnp.inf), steps.full_rows(0.0), steps.full_matrix((SLICE_ROWS, g.value_columns), 0.0)
+    row_max, row_sum, acc = steps.over_chunks(g, spans, attend_chunk, carry)
+
+    safe_sum = jnp.where(row_sum == 0.0, 1.0, row_sum)
+    out = (acc / steps.over_columns(safe_sum, g.value_columns)).astype(g.dtype)
+    jax_compat.store_to_global(outputs["out"].at[batch, head, item], out)
+    jax_compat.store_to_global(outputs["lse"].at[batch, head, item], row_max * math.log(2) + jnp.log(row_sum))

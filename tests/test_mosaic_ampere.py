@@ -1,0 +1,181 @@
+"""The Pallas kernels for Ampere in JAX's interpreter of GPUs, against the oracle; and their lowering for an A100."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import kernel_cases
+import numpy as np
+import pytest
+from kernel_cases import (
+    assert_same,
+    make_plan,
+    mesh_of,
+    small_case,
+    split,
+    with_bad_numbers,
+    with_blocks_that_do_not_exist,
+    with_hidden_keys,
+)
+
+import sparse_attn_jax as sa
+from sparse_attn_jax import dispatch, jax_compat, problem, splitting
+from sparse_attn_jax.implementations import mosaic
+from sparse_attn_jax.testing import compare
+from sparse_attn_jax.testing.cases import case_named
+from sparse_attn_jax.testing.inputs import Inputs
+
+needs_ampere = pytest.mark.skipif(not jax_compat.HAS_MOSAIC_GPU_FOR_AMPERE, reason="needs JAX 0.11.2 or newer")
+
+attend_with = functools.partial(kernel_cases.attend_with, "mosaic")
+
+
+@pytest.fixture
+def interpreted(mosaic_on_cpu, monkeypatch):
+    if jax.default_backend() == "gpu":
+        pytest.skip("a GPU has kernels of its own")
+    monkeypatch.setattr(mosaic, "kernels_of", lambda problem: (mosaic.ampere_forward, mosaic.ampere_backward))
+
+
+def results_of(inputs: Inputs, plan: sa.TilePlan | None = None) -> compare.Results:
+    return compare.results_of(attend_with(inputs, plan), inputs)
+
+
+@pytest.mark.parametrize(
+    "name", ["everything", "window_per_head", "hostile_ids", "odd_prefix_blocks", "all_rows_empty", "group3", "sink_columns"]
+)
+def test_attention_matches_oracle(name, interpreted):
+    inputs = small_case(name, q_len=min(case_named(name).q_len, 40))
+    compare.assert_results_match(results_of(inputs), inputs)
+
+
+@pytest.mark.parametrize(("head_dim", "kv_block_size"), [(64, 16), (64, 64), (128, 32), (128, 128)])
+def test_sizes_with_all_tables(head_dim, kv_block_size, interpreted):
+    options = dict(has_key_bias=True, logits_soft_cap=2.0, num_segments=2, num_slots=2, local_window_size=(40, 3), num_sinks=2)
+    inputs = small_case("odd_prefix_blocks", head_dim=head_dim, kv_block_size=kv_block_size, q_len=40, **options)
+    compare.assert_results_match(results_of(inputs), inputs)
+
+
+@pytest.mark.parametrize(("tile_size", "kv_block_size"), [(3, 16), (64, 32), (96, 128)])
+def test_tiles_of_any_size(tile_size, kv_block_size, interpreted):
+    inputs = small_case("group2_bf16", kv_block_size=kv_block_size, q_len=10 if tile_size == 3 else 100, kv_len=130)
+    compare.assert_results_match(results_of(inputs, make_plan(inputs, tile_size)), inputs)
+
+
+@pytest.mark.parametrize(("operand", "value"), [("key", np.nan), ("value", np.inf)])
+def test_bad_numbers_in_keys_that_no_query_sees(operand, value, interpreted):
+    inputs = with_hidden_keys(small_case("odd_prefix", q_len=40))
+    assert_same(results_of(with_bad_numbers(inputs, operand, value)), results_of(inputs))
+
+
+@pytest.mark.parametrize("bad_id", [-(2**31), 6])
+def test_plan_that_names_blocks_that_do_not_exist(bad_id, interpreted):
+    inputs = small_case("group2_bf16", q_len=24)
+    plan = make_plan(inputs)
+    assert plan.kv_len == 6 * plan.kv_block_size
+    assert_same(results_of(inputs, with_blocks_that_do_not_exist(plan, bad_id)), results_of(inputs, plan))
+
+
+def test_long_lists_are_walked_in_parts(monkeypatch, interpreted):
+    inputs = small_case("group2_bf16", q_len=40, has_key_bias=True)
+    split(monkeypatch, entries=1)
+    plan = make_plan(inputs, tile_size=8)
+    assert np.diff(splitting.split_lists(plan).first, axis=-1).max() > 2
+    compare.assert_results_match(results_of(inputs, plan), inputs)
+
+
+# --- what the interpreter does not run ---
+
+
+def elements_of_threads(layout, shape: tuple[int, int]) -> np.ndarray:
+    """[warp, lane, register]: which elements of a matrix each thread holds, in the order of its registers."""
+    elements = np.arange(shape[0] * shape[1]).reshape(shape)
+    for tile in layout.tiling.tiles:
+        rank = len(tile)
+        kept, tiled = elements.shape[:-rank], elements.shape[-rank:]
+        split = [n for size, part in zip(tiled, tile, strict=True) for n in (size // part, part)]
+        axes = [len(kept) + i for i in (*range(0, 2 * rank, 2), *range(1, 2 * rank, 2))]
+        elements = elements.reshape(*kept, *split).transpose(*range(len(kept)), *axes)
+    warps, lanes = ([d for d in dims if isinstance(d, int)] for dims in (layout.warp_dims, layout.lane_dims))
+    elements = np.moveaxis(elements, [*warps, *lanes], range(len(warps) + len(lanes)))
+    return elements.reshape(4, 32, -1)
+
+
+@needs_ampere
+def test_weights_are_an_operand_where_they_are():
+    """`ampere_steps.to_operand` moves nothing between threads or registers."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from sparse_attn_jax.implementations.mosaic import ampere_steps, steps
+
+    shape = (64, ampere_steps.PART_COLUMNS)
+    held = elements_of_threads(steps.MATRIX.to_mgpu(), shape)
+    wanted = elements_of_threads(plgpu.Layout.MMA_LHS(jnp.bfloat16).to_mgpu(), shape)
+    np.testing.assert_array_equal(held, wanted)
+    assert plgpu.Layout.MMA_ACC(jnp.bfloat16).to_mgpu() == steps.MATRIX.to_mgpu()
+
+
+@pytest.fixture
+def lowers_for_ampere(monkeypatch):
+    """JAX lowers as where the default device is an A100."""
+    from jax.experimental.mosaic.gpu import utils
+
+    monkeypatch.setattr(utils, "_infer_arch", lambda: (8, 0))
+    monkeypatch.setattr(jax_compat, "lowering_compute_capability", lambda: "8.0")
+
+
+@needs_ampere
+@pytest.mark.parametrize("kv_block_size", mosaic.KV_BLOCK_SIZES)
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_every_size_lowers(head_dim, kv_block_size, lowers_for_ampere):
+    """The forward, and the gradients of queries and of keys; the sums of parts, where lists are long."""
+    inputs = small_case("everything", head_dim=head_dim, kv_block_size=kv_block_size, dtype="float16")
+
+    def loss(operands):
+        out, lse = attend_with(inputs)(**operands)
+        return out.astype(jnp.float32).sum() + lse.sum()
+
+    with jax.sharding.use_abstract_mesh(mesh_of("NVIDIA A100-SXM4-80GB", num_cores=108)):
+        text = jax.jit(jax.grad(loss)).trace(inputs.operands).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") >= 3
+
+
+ABLE = problem.Problem(
+    **dict(batch=1, q_len=64, kv_len=64, num_q_heads=4, num_kv_heads=2, head_dim=128, value_head_dim=128, scale=1.0),
+    **dict(q_block_size=1, kv_block_size=64, num_slots=1, selection_heads=2, dtype="bfloat16"),
+    **dict(platform="gpu", compute_capability="8.0"),
+)
+
+
+@needs_ampere
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (dict(head_dim=192), "head_dim is 192; supported: at most 128"),
+        (dict(value_head_dim=192), "value_head_dim is 192; supported: at most 128"),
+        (dict(compute_capability="8.6"), "compute capability is 8.6; supported: 8.0, 9.0"),
+    ],
+)
+def test_reasons(changes, reason, monkeypatch):
+    monkeypatch.setattr(jax_compat, "lowering_compute_capability", lambda: "8.0")
+    assert mosaic.supports(ABLE) == ()
+    assert mosaic.supports(dataclasses.replace(ABLE, **changes)) == (reason,)
+
+
+@needs_ampere
+def test_reason_where_jax_would_lower_for_another_device():
+    """As it does for a device that is not here."""
+    (reason,) = mosaic.supports(ABLE)
+    assert "JAX lowers kernels for its default device" in reason
+
+
+def test_reason_of_an_old_jax(monkeypatch):
+    monkeypatch.setattr(jax_compat, "lowering_compute_capability", lambda: "8.0")
+    monkeypatch.setattr(jax_compat, "HAS_MOSAIC_GPU_FOR_AMPERE", False)
+    assert any("0.11.2 and newer" in reason for reason in mosaic.supports(ABLE))
+
+
+def test_cuda_comes_first():
+    assert dispatch.requested_names(None, ABLE) == ("cuda", "mosaic", "xla")
+    assert dispatch.requested_names(None, dataclasses.replace(ABLE, compute_capability="9.0")) == ("mosaic", "cuda", "xla")
