@@ -165,7 +165,7 @@ def _key_kernel(g, keys, inputs, outputs, memory, interpreted):
     chunk = lax.rem(lax.axis_index("item"), jnp.int32(chunks))
     part = steps.part_of(inputs["parts"], batch, head).at[lax.axis_index("item") // chunks]
     block, start, stop, place = (part[i] for i in range(4))
-    tiles, slots = (steps.part_of(inputs[name], batch, head) for name in ("tiles", "slots"))
+    tiles, entries = (steps.part_of(inputs[name], batch, head) for name in ("tiles", "entries"))
     first_key = block * g.kv_block_size + chunk * keys
     num_slices = (stop - start) * g.slices_per_tile
     finish_copies = functools.partial(ampere_steps.finish_copies, memory, interpreted=interpreted)
@@ -173,11 +173,11 @@ def _key_kernel(g, keys, inputs, outputs, memory, interpreted):
     add_product = functools.partial(ampere_steps.add_product, interpreted=interpreted)
 
     def tile_of(index):
-        """Of a slice of the list: its entry, its tile, whether there is such a one, and the slice's number."""
+        """Of a slice of the list: its entry, whether there is a tile, and the slice's number."""
         entry = start + index // g.slices_per_tile
         tile = jnp.minimum(tiles[entry], g.num_tiles - 1)
         number = tile * g.slices_per_tile + lax.rem(index, jnp.int32(g.slices_per_tile))
-        return entry, tile, tiles[entry] < g.num_tiles, number
+        return entry, tiles[entry] < g.num_tiles, number
 
     def start_slice(index):
         @pl.when(index < num_slices)
@@ -200,11 +200,11 @@ def _key_kernel(g, keys, inputs, outputs, memory, interpreted):
 
     def add_slice(index, sums):
         slot = lax.rem(index, jnp.int32(STAGES))
-        entry, tile, exists, slice_index = tile_of(index)
+        entry, exists, slice_index = tile_of(index)
         words = []
         if g.has_membership:
-            of_tile = steps.part_of(inputs["words"], batch, head).at[tile, slots[entry]]
-            words = [of_tile[i] for i in range(g.num_words)]
+            of_entry = steps.part_of(inputs["entry_words"], batch, head).at[entries[entry]]
+            words = [of_entry[i] for i in range(g.num_words)]
         piece = steps.Piece(exists, first_key, words)
         finish_copies("ready", slot)
         start_slice(index + 1)

@@ -24,7 +24,7 @@ from sparse_attn_jax.problem import Operands, Problem, TokenMask
 def _run(arrays, outputs, attributes):
     """One device's part of a call."""
     del outputs
-    g, inputs = prepare.kernel_inputs(arrays, attributes)
+    g, inputs, _ = prepare.kernel_inputs(arrays, attributes)
     out, lse = attend_slices(g, inputs, interpreted=attributes["interpreted"])
     return layout.from_slices(g, out)[..., : g.value_head_dim], layout.from_slices(g, lse)
 

@@ -75,10 +75,12 @@ def _run(differentiate, arrays, outputs, attributes):
     """One device's part of a call."""
     del outputs
     *arrays, d_out, lse, delta, offsets, tiles, slots, first_parts, first_partials = arrays
-    g, inputs = prepare.kernel_inputs(arrays, attributes)
+    g, inputs, is_full = prepare.kernel_inputs(arrays, attributes)
     interpreted, num_partials = attributes["interpreted"], attributes["num_partials"]
     inputs |= prepare.gradient_inputs(g, d_out, lse, delta)
-    inputs |= prepare.inverse_inputs(g, offsets, tiles, slots, first_parts, first_partials, num_partials)
+    if g.has_membership:
+        inputs["entry_words"] = inputs["words"].reshape(*inputs["words"].shape[:2], -1, g.num_words)
+    inputs |= prepare.inverse_inputs(g, offsets, tiles, slots, first_parts, first_partials, num_partials, is_full)
     d_query, whole, partial = differentiate(g, inputs, num_partials, interpreted)
     if num_partials:
         summed = {name: sum_partials(g, x, inputs["ranges"]) for name, x in partial.items()}
@@ -336,10 +338,19 @@ def _key_kernel(g, config, inputs, outputs, memory):
     chunks = g.kv_block_size // config.keys
     chunk = lax.rem(lax.axis_index("item"), jnp.int32(chunks))
     part = steps.part_of(inputs["parts"], batch, head).at[lax.axis_index("item") // chunks]
-    block, start, stop, place = (part[i] for i in range(4))
-    tiles, slots = (steps.part_of(inputs[name], batch, head) for name in ("tiles", "slots"))
+    block, start = part[0], part[1]
+    # Loaded where they are needed: values that the warpgroups share stay in their registers.
+    num_slices = lambda: (part[2] - start) * g.slices_per_tile
+    num_full_slices = lambda: (part[5] - part[4]) * g.slices_per_tile
+    tiles = steps.part_of(inputs["tiles"], batch, head)
     first_key = block * g.kv_block_size + chunk * config.keys
-    num_slices = (stop - start) * g.slices_per_tile
+
+    def entry_of(index):
+        """Of a slice: first come the entries of the full run, then the others, so that each kind is one loop."""
+        first_full, end_full = part[4], part[5]
+        entry = start + lax.div(index, jnp.int32(g.slices_per_tile))
+        edge = entry - (end_full - first_full)
+        return jnp.where(edge < start, entry + (first_full - start), jnp.where(edge < first_full, edge, entry))
 
     @pl.when(warpgroup < KEY_WARPGROUPS)
     def compute():
@@ -347,15 +358,14 @@ def _key_kernel(g, config, inputs, outputs, memory):
         plgpu.barrier_wait(memory["keys_ready"])
         weights = memory["weights"].at[warpgroup]
 
-        def add_slice(i, sums):
+        def add_slice(is_full, i, sums):
             index = i * KEY_WARPGROUPS + warpgroup
             slot = lax.rem(index, jnp.int32(config.stages))
-            entry = start + index // g.slices_per_tile
             words = []
-            if g.has_membership:
-                tile = jnp.minimum(tiles[entry], g.num_tiles - 1)
-                of_tile = steps.part_of(inputs["words"], batch, head).at[tile, slots[entry]]
-                words = [of_tile[i] for i in range(g.num_words)]
+            if g.has_membership and not is_full:
+                entry = steps.part_of(inputs["entries"], batch, head)[entry_of(index)]
+                of_entry = steps.part_of(inputs["entry_words"], batch, head).at[entry]
+                words = [of_entry[i] for i in range(g.num_words)]
             piece = steps.Piece(np.True_, first_key, words)
 
             plgpu.barrier_wait(memory["slice_ready"].at[slot])
@@ -364,12 +374,14 @@ def _key_kernel(g, config, inputs, outputs, memory):
             stats = lambda: [steps.load_rows(own["stats"].at[i]) for i in range(2)]
 
             def masked(*matrices):
+                if is_full:
+                    return matrices
                 columns = {name: steps.load_columns(memory["columns"].at[i]) for i, name in enumerate(g.column_names)}
                 rows = {name: steps.load_rows(own["rows"].at[i]) for i, name in enumerate(g.row_names)}
                 seen = steps.visible(g, rows, columns, [piece], config.keys)
                 return tuple(jnp.where(seen, x, 0.0) for x in matrices)
 
-            bias = lambda: steps.load_columns(memory["bias"])
+            bias = (lambda: steps.load_columns(memory["bias"])) if g.has_key_bias or not is_full else None
             found = steps.gradient_of_logits(g, steps.product, own, stats, memory["key"], memory["value"], bias, masked)
             probs, d_logits, d_scores = found
             weights[...] = probs.astype(g.dtype)
@@ -386,9 +398,13 @@ def _key_kernel(g, config, inputs, outputs, memory):
         sums = {name: steps.full_matrix((getattr(g, f"{name}_columns"), config.keys), 0.0) for name in ("key", "value")}
         if g.has_key_bias:
             sums["bias"] = plgpu.layout_cast(jnp.zeros((config.keys,), jnp.float32), steps.COLUMN)
-        own_slices = (num_slices - warpgroup + KEY_WARPGROUPS - 1) // KEY_WARPGROUPS
-        sums = lax.fori_loop(0, own_slices, add_slice, sums)
+        # Of so many slices, those that are this warpgroup's.
+        own_slices = lambda count: lax.div(count - warpgroup + KEY_WARPGROUPS - 1, jnp.int32(KEY_WARPGROUPS))
+        num_full = own_slices(num_full_slices())
+        sums = lax.fori_loop(0, num_full, functools.partial(add_slice, True), sums)
+        sums = lax.fori_loop(num_full, own_slices(num_slices()), functools.partial(add_slice, False), sums)
         sums["key"] *= g.scale
+        place = part[3]
 
         for name in sums:
             places = ((batch, head, index * chunks + chunk) for index in (block, place))
@@ -405,11 +421,10 @@ def _key_kernel(g, config, inputs, outputs, memory):
             columns = steps.part_of(inputs["columns"], batch).at[:, keys]
             plgpu.copy_gmem_to_smem(columns, memory["columns"], memory["keys_ready"])
 
-        @pl.loop(0, num_slices)
+        @pl.loop(0, num_slices())
         def fetch_slice(index):
             slot = lax.rem(index, jnp.int32(config.stages))
-            tile = tiles[start + index // g.slices_per_tile]
-            slice_index = tile * g.slices_per_tile + lax.rem(index, jnp.int32(g.slices_per_tile))
+            slice_index = tiles[entry_of(index)] * g.slices_per_tile + lax.rem(index, jnp.int32(g.slices_per_tile))
 
             ring.wait_for_room(memory["slice_free"].at[slot], index, config.stages)
             for name in OF_SLICE:

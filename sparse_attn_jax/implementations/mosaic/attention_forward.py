@@ -43,7 +43,7 @@ def choose_config(g: Geometry, interpreted: bool = False) -> ForwardConfig:
 def _run(arrays, outputs, attributes):
     """One device's part of a call."""
     del outputs
-    g, inputs = prepare.kernel_inputs(arrays, attributes)
+    g, inputs, _ = prepare.kernel_inputs(arrays, attributes)
     out, lse = attend_slices(g, choose_config(g, attributes["interpreted"]), inputs)
     return layout.from_slices(g, out)[..., : g.value_head_dim], layout.from_slices(g, lse)
 

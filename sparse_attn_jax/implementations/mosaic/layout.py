@@ -98,39 +98,43 @@ def column_tables(g: Geometry, kv_positions, kv_segments) -> jax.Array | None:
     return jnp.pad(table, [(0, 0), (0, 0), (0, num_absent)], constant_values=1 << 30)
 
 
-def spans(g: Geometry, ids, counts, membership, rows, bad_blocks) -> jax.Array:
-    """int32 [batch, num_kv_heads, num_tiles, 4]: a list's length, its groups, the first run of full ones: start, end.
+def full_entries(g: Geometry, ids, counts, membership, rows, bad_blocks) -> jax.Array:
+    """bool [batch, num_kv_heads, num_tiles, entries]: whether every row of a tile sees all keys of a block of its list.
 
-    A group is the blocks of a chunk. It is full if every row of the tile sees all of its keys, so that no mask needs to be
-    looked at.
+    Then no mask needs to be looked at.
     """
     shape = (g.batch, g.num_kv_heads, g.num_tiles, ids.shape[3])
-
-    counts, index = tile_rows(g, counts), jnp.arange(ids.shape[3])
-    is_full = (index < counts[..., None]) & (tile_rows(g, ids) < g.num_kv_blocks)
     if g.is_varlen or g.has_segments:
-        is_full = jnp.zeros(shape, bool)
-    else:
-        ids = tile_rows(g, jnp.minimum(ids, g.num_kv_blocks - 1))
-        tables = tile_rows(g, rows).reshape(*shape[:2], g.num_tiles, g.slices_per_tile, len(g.row_names), SLICE_ROWS)
-        tables = jnp.moveaxis(tables, 4, 0).reshape(len(g.row_names), *shape[:3], -1)
-        tables = dict(zip(g.row_names, tables, strict=True))
-        row = jnp.arange(g.slices_per_tile * SLICE_ROWS)
-        row_of_head = jnp.arange(g.num_tiles)[:, None] * g.tile_rows + row
-        exists = (row < g.tile_rows) & (row_of_head < g.q_len * g.group_size)
-        start = ids * g.kv_block_size
-        is_full &= start + g.kv_block_size - 1 <= jnp.where(exists, tables["high"], 1 << 30).min(-1)[..., None]
-        if g.has_window:
-            is_full &= jnp.where(exists, tables["low"], -(1 << 30)).max(-1)[..., None] <= start
-        if g.has_membership:
-            tokens = jnp.minimum(g.tile_size, g.q_len - jnp.arange(g.num_tiles) * g.tile_size)
-            groups = num_blocks(tokens, g.row_group_tokens) * (g.group_size // g.row_group_heads)
-            is_full &= tile_rows(g, jax.lax.population_count(membership).astype(jnp.int32).sum(-1)) == groups[:, None]
-        bad = jnp.take_along_axis(tile_rows(g, bad_blocks), ids.reshape(*shape[:2], -1), axis=-1)
-        is_full &= ~bad.reshape(shape)
-    groups = num_blocks(ids.shape[3], g.blocks_per_chunk)
-    is_full = jnp.pad(is_full, [(0, 0)] * 3 + [(0, groups * g.blocks_per_chunk - ids.shape[3])])
-    is_full = is_full.reshape(*shape[:3], groups, g.blocks_per_chunk).all(-1)
+        return jnp.zeros(shape, bool)
+    is_full = (jnp.arange(ids.shape[3]) < tile_rows(g, counts)[..., None]) & (tile_rows(g, ids) < g.num_kv_blocks)
+    ids = tile_rows(g, jnp.minimum(ids, g.num_kv_blocks - 1))
+    tables = tile_rows(g, rows).reshape(*shape[:2], g.num_tiles, g.slices_per_tile, len(g.row_names), SLICE_ROWS)
+    tables = jnp.moveaxis(tables, 4, 0).reshape(len(g.row_names), *shape[:3], -1)
+    tables = dict(zip(g.row_names, tables, strict=True))
+    row = jnp.arange(g.slices_per_tile * SLICE_ROWS)
+    row_of_head = jnp.arange(g.num_tiles)[:, None] * g.tile_rows + row
+    exists = (row < g.tile_rows) & (row_of_head < g.q_len * g.group_size)
+    start = ids * g.kv_block_size
+    is_full &= start + g.kv_block_size - 1 <= jnp.where(exists, tables["high"], 1 << 30).min(-1)[..., None]
+    if g.has_window:
+        is_full &= jnp.where(exists, tables["low"], -(1 << 30)).max(-1)[..., None] <= start
+    if g.has_membership:
+        tokens = jnp.minimum(g.tile_size, g.q_len - jnp.arange(g.num_tiles) * g.tile_size)
+        groups = num_blocks(tokens, g.row_group_tokens) * (g.group_size // g.row_group_heads)
+        is_full &= tile_rows(g, jax.lax.population_count(membership).astype(jnp.int32).sum(-1)) == groups[:, None]
+    bad = jnp.take_along_axis(tile_rows(g, bad_blocks), ids.reshape(*shape[:2], -1), axis=-1)
+    return is_full & ~bad.reshape(shape)
+
+
+def spans(g: Geometry, counts, is_full) -> jax.Array:
+    """int32 [batch, num_kv_heads, num_tiles, 4]: a list's length, its groups, the first run of full ones: start, end.
+
+    A group is the blocks of a chunk. It is full if all of them are, by `full_entries`.
+    """
+    counts, entries = tile_rows(g, counts), is_full.shape[3]
+    groups = num_blocks(entries, g.blocks_per_chunk)
+    is_full = jnp.pad(is_full, [(0, 0)] * 3 + [(0, groups * g.blocks_per_chunk - entries)])
+    is_full = is_full.reshape(*is_full.shape[:3], groups, g.blocks_per_chunk).all(-1)
     num_groups = num_blocks(counts, g.blocks_per_chunk)
     first = jnp.where(is_full.any(-1), jnp.argmax(is_full, axis=-1), num_groups)
     stops = ~is_full & (jnp.arange(groups) >= first[..., None])

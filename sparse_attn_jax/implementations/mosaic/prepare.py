@@ -50,8 +50,10 @@ def geometry_of(a: Mapping[str, jax.Array | None], attributes: Mapping[str, Any]
     )
 
 
-def kernel_inputs(arrays: Sequence[jax.Array], attributes: Mapping[str, Any]) -> tuple[Geometry, dict[str, jax.Array]]:
-    """What a call is, and the inputs of the forward kernel, which the others read as well.
+def kernel_inputs(
+    arrays: Sequence[jax.Array], attributes: Mapping[str, Any]
+) -> tuple[Geometry, dict[str, jax.Array], jax.Array]:
+    """What a call is, the inputs of the forward kernel, which the others read as well, and `layout.full_entries`.
 
     Args:
       arrays: as `arguments.AXES` has them; an option that is off has no elements.
@@ -73,6 +75,7 @@ def kernel_inputs(arrays: Sequence[jax.Array], attributes: Mapping[str, Any]) ->
         g, *(a[name] for name in ("q_positions", "q_segments", "window_left", "window_right", "num_sinks"))
     )
     columns = layout.column_tables(g, a["kv_positions"], a["kv_segments"])
+    is_full = layout.full_entries(g, ids, counts, a["membership"], rows, bad_blocks)
     words = None if a["membership"] is None else jax.lax.bitcast_convert_type(a["membership"], jnp.int32)
     inputs = dict(
         query=layout.to_slices(g, layout.pad_columns(a["query"], g.key_columns)),
@@ -83,9 +86,9 @@ def kernel_inputs(arrays: Sequence[jax.Array], attributes: Mapping[str, Any]) ->
         columns=columns,
         ids=ids,
         words=words,
-        spans=layout.spans(g, ids, counts, a["membership"], rows, bad_blocks),
+        spans=layout.spans(g, counts, is_full),
     )
-    return g, {name: x for name, x in inputs.items() if x is not None}
+    return g, {name: x for name, x in inputs.items() if x is not None}, is_full
 
 
 def gradient_inputs(g: Geometry, d_out: jax.Array, lse: jax.Array, delta: jax.Array) -> dict[str, jax.Array]:
@@ -98,12 +101,15 @@ def gradient_inputs(g: Geometry, d_out: jax.Array, lse: jax.Array, delta: jax.Ar
       delta: the same, the part of the logits' gradient that all keys of a row share.
     """
     lse = jnp.where(jnp.isneginf(lse), 0.0, lse)  # of rows that see nothing: their weights are 0
-    stats = layout.to_slices(g, jnp.stack([lse * LOG2_E, delta], axis=-1))
+    # Rows that do not exist weigh nothing, whatever the bias: where a block is full, no mask hides them from its keys.
+    stats = [layout.to_slices(g, lse * LOG2_E, jnp.inf), layout.to_slices(g, delta)]
     d_out = layout.to_slices(g, layout.pad_columns(d_out, g.value_columns))
-    return dict(d_out=d_out, stats=jnp.moveaxis(stats, -1, 3))
+    return dict(d_out=d_out, stats=jnp.stack(stats, axis=3))
 
 
-def inverse_inputs(g: Geometry, offsets, tiles, slots, first_parts, first_partials, num_partials: int) -> dict[str, jax.Array]:
+def inverse_inputs(
+    g: Geometry, offsets, tiles, slots, first_parts, first_partials, num_partials: int, is_full: jax.Array
+) -> dict[str, jax.Array]:
     """What the kernel of the keys' gradients walks, all of it within bounds.
 
     Args:
@@ -114,11 +120,13 @@ def inverse_inputs(g: Geometry, offsets, tiles, slots, first_parts, first_partia
       first_parts: int32 [plan batch, plan heads, num_kv_blocks + 1], of `splitting.Parts`.
       first_partials: int32 [plan batch, plan heads, num_kv_blocks].
       num_partials: how many there are.
+      is_full: of `layout.full_entries`.
 
     Returns:
-      tiles and slots; parts int32 [plan batch, plan heads, num_parts, 4], a KV block, where a part of its list starts and ends,
-      and WHOLE, UNUSED or the number of its sums; ranges int32 [plan batch, plan heads, num_kv_blocks, 2], the first of the
-      sums of a block, and their number, or 0 if there is one part.
+      tiles; entries, as tiles, where they stand in the lists of all tiles, one after another; parts int32
+      [batch, num_kv_heads, num_parts, 6], a KV block, where a part of its list starts and ends, WHOLE, UNUSED or the number of
+      its sums, and where the first run of full entries starts and ends; ranges int32
+      [plan batch, plan heads, num_kv_blocks, 2], the first of the sums of a block, and their number, or 0 if there is one part.
     """
     index = jnp.arange(g.num_kv_blocks + num_partials, dtype=jnp.int32)
     find = jax.vmap(jax.vmap(lambda ends: jnp.searchsorted(ends, index, side="right")))
@@ -137,13 +145,42 @@ def inverse_inputs(g: Geometry, offsets, tiles, slots, first_parts, first_partia
     start, stop, place = jnp.where(exists, start, 0), jnp.where(exists, stop, 0), jnp.where(exists, place, UNUSED)
     num_sums = jnp.where(num_parts > 1, num_parts, 0)
     first_partials = jnp.clip(first_partials, 0, num_partials - num_sums)
+    # Entries that do not exist become a tile beyond the last, of which copies bring zeros.
+    tiles = jnp.where((tiles < 0) | (slots < 0) | (slots >= capacity), g.num_tiles, jnp.minimum(tiles, g.num_tiles))
+    entries = jnp.minimum(tiles, g.num_tiles - 1) * capacity + jnp.clip(slots, 0, capacity - 1)
+    parts = [layout.tile_rows(g, x) for x in (block, start, stop, place)]
+    parts += full_runs(g, is_full, tiles, entries, start, stop)
     return dict(
-        # Entries that do not exist become a tile beyond the last, of which copies bring zeros.
-        tiles=jnp.where((tiles < 0) | (slots < 0) | (slots >= capacity), g.num_tiles, jnp.minimum(tiles, g.num_tiles)),
-        slots=jnp.clip(slots, 0, capacity - 1),
-        parts=jnp.stack([block, start, stop, place], axis=-1),
+        tiles=tiles,
+        entries=entries,
+        parts=jnp.stack(parts, axis=-1),
         ranges=jnp.stack([first_partials, num_sums], axis=-1),
     )
+
+
+def full_runs(g: Geometry, is_full: jax.Array, tiles, entries, start, stop) -> tuple[jax.Array, jax.Array]:
+    """Where the first run of full entries of each part starts and ends: int32 [batch, num_kv_heads, num_parts] each.
+
+    Both are the part's end if it has none.
+
+    Args:
+      g: the call.
+      is_full: of `layout.full_entries`.
+      tiles: int32 [plan batch, plan heads, entries], of the inverse; num_tiles where there is no entry.
+      entries: as tiles, where they stand in the lists of all tiles, one after another.
+      start: int32 [plan batch, plan heads, num_parts], of each part.
+      stop: as start.
+    """
+    size = tiles.shape[-1]
+    tiles, entries, start, stop = (layout.tile_rows(g, x) for x in (tiles, entries, start, stop))
+    look_up = lambda x, at: jnp.take_along_axis(x, at, axis=-1, mode="clip")
+    is_full = look_up(is_full.reshape(*is_full.shape[:2], -1), entries) & (tiles < g.num_tiles)
+    index = jnp.arange(size, dtype=jnp.int32)
+    # From each entry on, the next of which this is so.
+    next_of = lambda is_so: jax.lax.cummin(jnp.where(is_so, index, size), axis=2, reverse=True)
+    first = jnp.clip(look_up(next_of(is_full), start), start, stop)
+    end = jnp.clip(look_up(next_of(~is_full), first), first, stop)
+    return first, end
 
 
 def choose_summed(g: Geometry, ranges: jax.Array, summed: jax.Array, whole: jax.Array) -> jax.Array:
