@@ -29,6 +29,8 @@ SPILL_BYTES = (
     ("head_dim 128, .* all options", "query_gradient", 16),
     # Tables of rows, which are in registers there while the list is walked.
     ("A100, head_dim 128", "query_gradient", 32),
+    # The sums of 64 keys, and addresses.
+    ("A100, head_dim 64, blocks of 64", "key_gradient", 16),
 )
 COLUMNS = ("registers", "spill_bytes", "stack_bytes", "shared_bytes", "barriers", "wgmma", "mma", "cp_async")
 
