@@ -21,10 +21,11 @@ SPILL_BYTES = (
     # The sums of 64 rows x 256 columns take 128 of the 255 registers that a thread may have, and 4 products are under way.
     ("head_dim 256", "query_gradient", 768),
     ("head_dim 192", "query_gradient", 32),
-    # Addresses and numbers of the walk, stored before the loop: scores, sums and tables of rows take all of 240 registers.
-    ("head_dim 128", "key_gradient", 16),
-    ("training step", "key_gradient", 16),
-    ("head_dim 256, .* all options", "key_gradient", 16),
+    # Addresses and numbers of the walk: scores, sums and tables of rows take all of 240 registers, and what the loop with
+    # masks needs has to outlast the one without.
+    ("head_dim 128", "key_gradient", 64),
+    ("training step", "key_gradient", 64),
+    ("head_dim 256", "key_gradient", 160),
     ("head_dim 128, .* all options", "attention_forward", 16),
     ("head_dim 128, .* all options", "query_gradient", 16),
     # Tables of rows, which are in registers there while the list is walked.
