@@ -278,6 +278,8 @@ MUTATIONS = (
     ("attention_backward", 'plgpu.barrier_wait(memory["sums_ready"])', "None"),
     ("attention_backward", "seen = steps.visible(g, rows, columns, [piece], config.keys)", "seen = True"),
     ("steps", "weights * (d_weights - delta)", "weights * d_weights"),
+    ("attention_backward", "jnp.where(edge < first_full, edge, entry)", "entry"),
+    ("prepare", "jnp.clip(look_up(next_of(~is_full), first), first, stop)", "stop"),
     ("block_scores", 'plgpu.barrier_wait(own["query_ready"])', "None"),
     ("block_scores", 'ring.wait_for_room(memory["free"].at[slot], i, config.stages)', "None"),
     ("block_scores", "logits = jnp.where((first <= position) & (position <= last), logits, -jnp.inf)", "pass"),
