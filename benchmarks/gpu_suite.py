@@ -75,13 +75,17 @@ NOT_ON_A_GPU = (
 )
 
 
+# By compute capability.
+PALLAS_TESTS = {"8.0": ["tests/test_mosaic_ampere.py"], "9.0": ["tests/test_mosaic.py", "tests/test_mosaic_selection.py"]}
+
+
 def pytest_command(*arguments: str | Path) -> Command:
     return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
 
 
 def conformance_commands(out: Path) -> list[Command]:
     files = ["tests/test_ffi_handlers.py", "tests/test_varlen.py", *sorted(ROOT.glob("tests/test_cuda_*on_cpu.py"))]
-    files += ["tests/test_mosaic.py", "tests/test_mosaic_selection.py"] if compute_capability() == "9.0" else []
+    files += PALLAS_TESTS.get(compute_capability(), [])
     workers = ["-n", "8"] if importable("xdist") else []
     return [ON_A_GPU, pytest_command(*files, *workers, "-k", NOT_ON_A_GPU, f"--junitxml={out / 'conformance.xml'}")]
 
@@ -101,18 +105,17 @@ MHA = ("--q_len=32768", "--num_q_heads=16", "--num_kv_heads=16", "--head_dim=128
 
 
 def benchmark_command(result: Path, *arguments: str) -> Command:
-    command = [sys.executable, "-m", "benchmarks.run", *arguments]
-    return [*command, "--dtype=bfloat16", "--time_limit=20", f"--json={result}"]
+    command = [sys.executable, "-m", "benchmarks.run", "--dtype=bfloat16", *arguments]
+    return [*command, "--time_limit=20", f"--json={result}"]
 
 
 def all_kernels() -> list[str]:
-    """A GPU of compute capability 9.0 runs the kernels of 8.0 too, and those of Pallas."""
-    if compute_capability() == "9.0":
-        return ["--implementations=mosaic,cuda", "--cuda_arch=sm90,sm80"]
-    return cuda_kernels()
+    """Those of Pallas as well."""
+    return ["--implementations=mosaic,cuda", *cuda_kernels()[1:]]
 
 
 def cuda_kernels() -> list[str]:
+    """A GPU of compute capability 9.0 runs the kernels of 8.0 too."""
     return ["--implementations=cuda", "--cuda_arch=sm90,sm80" if compute_capability() == "9.0" else "--cuda_arch=sm80"]
 
 
@@ -125,14 +128,17 @@ def token_commands(q_len: int, out: Path) -> list[Command]:
 
 
 def block_commands(out: Path) -> list[Command]:
-    """A list per block of queries, of a tenth and of three quarters of all blocks, not causal."""
-    sizes = [*MHA, "--nocausal", "--generator=random", "--dense_max_len=32768", "--baselines=dense-cudnn,torch-flex"]
+    """A list per block of queries, of a tenth and three quarters of all blocks, and of all, not causal."""
+    sizes = [*MHA, "--nocausal", "--generator=random", "--dense_max_len=32768", "--baselines=dense-cudnn,dense-mgpu,torch-flex"]
     commands = []
     for block in (64, 128):
         for share in (0.1, 0.75):
             slots = round(32768 / block * share)
             lists = [f"--q_block_size={block}", f"--kv_block_size={block}", f"--num_slots={slots}"]
             commands.append(benchmark_command(out / f"blocks_{block}_{slots}.json", *sizes, *lists, *all_kernels()))
+    # What Mosaic GPU reaches: JAX's own attention takes float16.
+    dense = ["--q_block_size=128", "--kv_block_size=128", "--num_slots=256", "--dtype=float16"]
+    commands.append(benchmark_command(out / "blocks_all.json", *sizes, *dense, *all_kernels()))
     return [ON_A_GPU, *commands]
 
 

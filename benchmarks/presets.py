@@ -4,10 +4,11 @@ import dataclasses
 
 import sparse_attn_jax as sa
 from benchmarks.contenders import FORWARD, FORWARD_BACKWARD, Contender, DenseJax, Implementation, Selector
+from benchmarks.mgpu_contender import DensePallas
 from benchmarks.torch_contenders import TorchFlex, TorchSdpa
 from benchmarks.workloads import Workload, sized_case
 
-BASELINES = ("dense-xla", "dense-cudnn", "torch-flex", "torch-sdpa")
+BASELINES = ("dense-xla", "dense-cudnn", "dense-mgpu", "torch-flex", "torch-sdpa")
 BOTH_PASSES = (FORWARD, FORWARD_BACKWARD)
 
 
@@ -44,6 +45,8 @@ def make_baseline(name: str, dense_max_len: int) -> Contender:
         return TorchFlex()
     if name == "torch-sdpa":
         return TorchSdpa(dense_max_len)
+    if name == "dense-mgpu":
+        return DensePallas(dense_max_len)
     return DenseJax(name, name.removeprefix("dense-"), dense_max_len)
 
 

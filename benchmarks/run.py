@@ -4,8 +4,9 @@ Every contender's result is first checked against the definition in float64 (on 
 that is wrong is reported, not timed, and the exit status is 1. The others are timed in turn, round after round, on random
 data; a sweep of lengths is timed in the same rounds. A baseline that cannot run says why in the table.
 
-Baselines: dense-xla and dense-cudnn are jax.nn.dot_product_attention, torch-sdpa is scaled_dot_product_attention (all three
-attend to everything that causality allows); torch-flex is compiled flex_attention on the very same selection.
+Baselines: dense-xla and dense-cudnn are jax.nn.dot_product_attention, dense-mgpu is JAX's own FlashAttention-3 in Pallas,
+torch-sdpa is scaled_dot_product_attention (all four attend to everything that causality allows); torch-flex is compiled
+flex_attention on the very same selection.
 
 Examples:
 

@@ -8,9 +8,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import kernel_cases
 import numpy as np
 import pytest
 from absl import app, flags
@@ -20,6 +22,8 @@ import sparse_attn_jax as sa
 from benchmarks import checks, decode, gpu_suite, memory, presets, report, run, timing, workloads
 from benchmarks.contenders import Implementation
 from benchmarks.measure import TIMED, UNAVAILABLE, WRONG, Outcome, Row
+from benchmarks.mgpu_contender import attend_densely
+from benchmarks.presets import BASELINES
 from benchmarks.workloads import Workload, sized_case
 from sparse_attn_jax import jax_compat
 from sparse_attn_jax.implementations.cuda import library
@@ -53,17 +57,33 @@ def by_name(data: dict) -> dict[tuple[str, str], dict]:
 
 
 def test_every_contender_has_its_line(tmp_path, capsys):
-    status, data = run_cli(tmp_path, *SMALL, "--baselines=dense-xla,dense-cudnn,torch-sdpa")
+    status, data = run_cli(tmp_path, *SMALL, "--baselines=dense-xla,dense-cudnn,dense-mgpu,torch-sdpa")
     assert status == 0
     rows = by_name(data)
-    assert set(rows) == {(name, mode) for name in ("xla", "dense-xla", "dense-cudnn", "torch-sdpa") for mode in MODES}
+    assert set(rows) == {(name, mode) for name in ("xla", *BASELINES) if name != "torch-flex" for mode in MODES}
     assert [rows["xla", mode]["status"] for mode in MODES] == [TIMED, TIMED]
     assert "needs a GPU" in rows["dense-cudnn", "forward"]["reason"]
+    assert "needs a GPU of compute capability 9.0" in rows["dense-mgpu", "forward"]["reason"]
     torch_row = rows["torch-sdpa", "forward"]
     assert torch_row["status"] == TIMED if HAS_TORCH else "not installed" in torch_row["reason"]
     printed = capsys.readouterr().out
     assert "cannot run: cuDNN needs a GPU" in printed and "x dense-xla" in printed and "takes" in printed
     assert jax.__version__ in printed and "seed 0" in printed
+
+
+@pytest.mark.skipif(not jax_compat.HAS_MOSAIC_GPU, reason="needs JAX 0.11 or newer")
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_attention_of_jax_lowers_for_hopper(is_causal, monkeypatch):
+    from jax.experimental.pallas.ops.gpu import attention_mgpu
+
+    # It asks which CUDA is there.
+    monkeypatch.setattr(attention_mgpu, "cuda_versions", mock.Mock(cuda_runtime_get_version=lambda: 13000))
+    shapes = dict(query=(1, 256, 4, 128), key=(1, 256, 2, 128), value=(1, 256, 2, 128))
+    operands = {name: jnp.zeros(shape, jnp.float16) for name, shape in shapes.items()}
+    attend = lambda operands: attend_densely(operands, None, is_causal)
+    loss = lambda operands: attend(operands).astype(jnp.float32).sum()
+    text = kernel_cases.lower_for_hopper(attend if is_causal else jax.grad(loss), operands)
+    assert text.count("custom_call @mosaic_gpu") == (1 if is_causal else 3)
 
 
 def test_json_has_its_schema_and_the_plot_is_written(tmp_path):
