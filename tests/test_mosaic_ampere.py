@@ -44,15 +44,13 @@ def results_of(inputs: Inputs, plan: sa.TilePlan | None = None) -> compare.Resul
     return compare.results_of(attend_with(inputs, plan), inputs)
 
 
-@pytest.mark.parametrize(
-    "name", ["everything", "window_per_head", "hostile_ids", "odd_prefix_blocks", "all_rows_empty", "group3", "sink_columns"]
-)
+@pytest.mark.parametrize("name", ["everything", "window_per_head", "hostile_ids", "all_rows_empty", "group3"])
 def test_attention_matches_oracle(name, kernels):
     inputs = small_case(name, q_len=min(case_named(name).q_len, 40))
     compare.assert_results_match(results_of(inputs), inputs)
 
 
-@pytest.mark.parametrize(("head_dim", "kv_block_size"), [(64, 16), (64, 64), (128, 32), (128, 128)])
+@pytest.mark.parametrize(("head_dim", "kv_block_size"), [(64, 64), (128, 16), (128, 128)])
 def test_sizes_with_all_tables(head_dim, kv_block_size, kernels):
     options = dict(has_key_bias=True, logits_soft_cap=2.0, num_segments=2, num_slots=2, local_window_size=(40, 3), num_sinks=2)
     inputs = small_case("odd_prefix_blocks", head_dim=head_dim, kv_block_size=kv_block_size, q_len=40, **options)
@@ -128,9 +126,8 @@ def lowers_for_ampere(monkeypatch):
 
 
 @needs_ampere
-@pytest.mark.parametrize("kv_block_size", mosaic.KV_BLOCK_SIZES)
-@pytest.mark.parametrize("head_dim", [64, 96, 128])
-def test_every_size_lowers(head_dim, kv_block_size, lowers_for_ampere):
+@pytest.mark.parametrize(("head_dim", "kv_block_size"), [(64, 16), (64, 128), (96, 64), (128, 16), (128, 32), (128, 128)])
+def test_sizes_lower(head_dim, kv_block_size, lowers_for_ampere):
     """The forward, and the gradients of queries and of keys; the sums of parts, where lists are long."""
     inputs = small_case("everything", head_dim=head_dim, kv_block_size=kv_block_size, dtype="float16")
 
