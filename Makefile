@@ -26,7 +26,7 @@ help:
 	@echo "make bench       time attention side by side with the baselines"
 	@echo "make cuda        compile the CUDA kernels beside the package; needs g++, and no GPU"
 	@echo "make cuda-wheel  compile them into a wheel, in dist/"
-	@echo "make pallas-versions  compile the Pallas kernels for an H100 with every JAX that can; needs no GPU"
+	@echo "make pallas-versions  compile the Pallas kernels for an H100 and an A100 with every JAX that can; needs no GPU"
 	@echo "make bazel-test  run the tests under Bazel, without a network"
 	@echo "make clean       remove everything these targets made"
 
@@ -54,6 +54,7 @@ cuda: build/cuda/.ready
 # What `pip install .` makes where there is an nvcc: the same as a wheel, in dist.
 cuda-wheel: $(ready)
 	SPARSE_ATTN_CUDA=OFF $(bin)/python -m pip install --quiet --editable '.[cuda-dev]'
+	rm -rf build/wheel dist
 	SPARSE_ATTN_CUDA=ON $(bin)/python -m pip wheel --no-deps --wheel-dir dist --config-settings build-dir=build/wheel .
 
 kernel-table: cuda

@@ -129,6 +129,59 @@ def test_long_lists_are_walked_in_parts(monkeypatch):
     compare.assert_results_match(results_of(inputs, plan), inputs)
 
 
+def runs_by_definition(is_full, ids, tiles, slots, parts) -> np.ndarray:
+    """`prepare.full_runs` of one head. is_full, ids: [num_tiles, capacity]; tiles, slots: [entries]; parts: [num_parts, 4]."""
+    exists = tiles < len(ids)
+    at = np.minimum(tiles, len(ids) - 1), slots
+    is_full, ids = is_full[at] & exists, ids[at]
+    runs = []
+    for block, start, stop, _ in parts:
+        first = next((i for i in range(start, stop) if is_full[i]), stop)
+        if first < stop and ids[first] != block:  # the inverse contradicts the lists
+            first = stop
+        end = next((i for i in range(first, stop) if not is_full[i] or ids[i] != block), stop)
+        runs.append((first, end))
+    return np.array(runs)
+
+
+@needs_mosaic
+@pytest.mark.parametrize("share", [0.0, 0.6, 0.95, 1.0])
+@pytest.mark.parametrize("contradicts", [False, True])
+def test_runs_of_full_entries_are_their_definition(share, contradicts):
+    from types import SimpleNamespace
+
+    from sparse_attn_jax.implementations.mosaic import prepare
+
+    rng = np.random.default_rng(7)
+    batch, heads, num_tiles, capacity, num_blocks = 2, 2, 12, 5, 6
+    ids = np.sort(np.argsort(rng.random((batch, 1, num_tiles, num_blocks)), axis=-1)[..., :capacity], axis=-1)
+    is_full = rng.random((batch, heads, num_tiles, capacity)) < share
+    tiles, slots, parts = [], [], []
+    for row in ids[:, 0]:
+        named = sorted((block, tile, slot) for tile, blocks in enumerate(row) for slot, block in enumerate(blocks))
+        blocks = np.array([block for block, *_ in named])
+        bounds = np.searchsorted(blocks, np.arange(num_blocks + 1))
+        # The list of block 1 in two parts, and a part that no block has.
+        middle = (bounds[1] + bounds[2]) // 2
+        whole = [(block, bounds[block], bounds[block + 1], -1) for block in range(num_blocks) if block != 1]
+        parts.append([*whole, (1, bounds[1], middle, 0), (1, middle, bounds[2], 1), (0, 0, 0, -2)])
+        tiles.append([tile for _, tile, _ in named])
+        slots.append([slot for *_, slot in named])
+    tiles, slots, parts = (np.array(x, np.int32)[:, None] for x in (tiles, slots, parts))
+    tiles[:, :, 3] = num_tiles  # an entry that does not exist
+    if contradicts:
+        tiles, slots = (x[..., rng.permutation(x.shape[-1])] for x in (tiles, slots))
+    entries = np.minimum(tiles, num_tiles - 1) * capacity + slots
+    inputs = {name: jnp.asarray(x, jnp.int32) for name, x in dict(tiles=tiles, entries=entries, parts=parts, ids=ids).items()}
+    g = SimpleNamespace(batch=batch, num_kv_heads=heads, num_tiles=num_tiles)
+    found = jax.jit(lambda is_full: prepare.full_runs(g, is_full, inputs))(jnp.asarray(is_full))
+    for b in range(batch):
+        for h in range(heads):
+            expected = runs_by_definition(is_full[b, h], ids[b, 0], tiles[b, 0], slots[b, 0], parts[b, 0])
+            np.testing.assert_array_equal(found[b, h], expected)
+    assert share == 0 or contradicts or (np.diff(found, axis=-1) > 1).any()
+
+
 @interpreted
 def test_results_are_the_same_each_time():
     inputs = small_case("selection_per_q_head_blocks_bf16", q_len=70)
@@ -279,7 +332,7 @@ MUTATIONS = (
     ("attention_backward", "seen = steps.visible(g, rows, columns, [piece], config.keys)", "seen = True"),
     ("steps", "weights * (d_weights - delta)", "weights * d_weights"),
     ("attention_backward", "jnp.where(edge < first_full, edge, entry)", "entry"),
-    ("prepare", "jnp.clip(look_up(next_of(~is_full), first), first, stop)", "stop"),
+    ("prepare", "jnp.clip(look_up(next_of(~goes_on), first + 1), first, stop)", "stop"),
     ("block_scores", 'plgpu.barrier_wait(own["query_ready"])', "None"),
     ("block_scores", 'ring.wait_for_room(memory["free"].at[slot], i, config.stages)', "None"),
     ("block_scores", "logits = jnp.where((first <= position) & (position <= last), logits, -jnp.inf)", "pass"),

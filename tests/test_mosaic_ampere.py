@@ -153,6 +153,7 @@ ABLE = problem.Problem(
     [
         (dict(head_dim=192), "head_dim is 192; supported: at most 128"),
         (dict(value_head_dim=192), "value_head_dim is 192; supported: at most 128"),
+        (dict(q_len=2**21), "there are 1073741824 elements of queries; supported: at most 536870912"),
         (dict(compute_capability="8.6"), "compute capability is 8.6; supported: 8.0, 9.0"),
     ],
 )
@@ -163,8 +164,9 @@ def test_reasons(changes, reason, monkeypatch):
 
 
 @needs_ampere
-def test_reason_where_jax_would_lower_for_another_device():
+def test_reason_where_jax_would_lower_for_another_device(monkeypatch):
     """As it does for a device that is not here."""
+    monkeypatch.setattr(jax_compat, "lowering_compute_capability", lambda: "9.0")
     (reason,) = mosaic.supports(ABLE)
     assert "JAX lowers kernels for its default device" in reason
 

@@ -1,4 +1,4 @@
-"""Compiles the Pallas kernels for an H100 with every minor version of JAX that can, each in an environment of its own.
+"""Compiles the Pallas kernels for GPUs that are not here with every minor version of JAX that can, each in an environment.
 
 python tools/pallas_versions.py [0.11 ...]
 """

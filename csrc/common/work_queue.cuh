@@ -6,6 +6,8 @@
 // Which CTA computes a piece changes nothing in the results.
 #pragma once
 
+#include <cstdint>
+
 #include "common/ptx.cuh"
 
 namespace sparse_attn {

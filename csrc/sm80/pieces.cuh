@@ -1,6 +1,7 @@
 // How the threads of a CTA learn which piece of work comes next.
 #pragma once
 
+#include "common/ptx.cuh"
 #include "common/work_queue.cuh"
 
 namespace sparse_attn::sm80 {

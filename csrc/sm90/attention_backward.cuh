@@ -1,12 +1,12 @@
 // Block-sparse flash attention, backward, for compute capability 9.0. Probabilities are recomputed
 // from the lse.
 //
-// dQ is query-major: the forward's walk. dK and dV are key-major: a CTA has a chunk of keys and
-// walks the query tiles that chose its block, by the inverse of the plan. All products of that
-// kernel are transposed, S^T = K Q^T, so that a warpgroup sums the gradients of its own keys in
-// registers, and P^T and dS^T are first operands of the next products as they are. Blocks that very
-// many tiles chose, as the first, are split between CTAs, whose float32 sums a last kernel adds. No
-// atomics: results do not depend on the order of CTAs.
+// dQ is query-major: the forward's walk. dK and dV are key-major: a CTA has one chunk of keys
+// after the other, and walks the query tiles that chose its block, by the inverse of the plan. All
+// products of that kernel are transposed, S^T = K Q^T, so that a warpgroup sums the gradients of
+// its own keys in registers, and P^T and dS^T are first operands of the next products as they are.
+// Blocks that very many tiles chose, as the first, are split in parts, whose float32 sums a last
+// kernel adds. No atomics: results do not depend on the order of CTAs.
 #pragma once
 
 #include "common/inverse.cuh"

@@ -24,7 +24,7 @@ HOPPER, AMPERE = "9.0", "8.0"
 DTYPES = ("bfloat16", "float16")
 KV_BLOCK_SIZES = (16, 32, 64, 128)
 MAX_HEAD_DIM = 256
-# Chunks of longer keys and values would not lie in shared memory beside the next.
+# Chunks of keys and values of 256 would not lie in shared memory beside the next, with the matrices of a slice.
 MAX_AMPERE_HEAD_DIM = 128
 # Of arrays that kernels index themselves, padded or with several words an element: offsets that may be of 32 bits.
 MAX_ELEMENTS = 2**29
@@ -80,9 +80,13 @@ def supports(problem: Problem) -> tuple[str, ...]:
         reasons.append(f"value_head_dim is {problem.value_head_dim}; supported: at most {max_head_dim}")
     if problem.predicate is not None:
         reasons.append(f"the selection has a predicate, {problem.predicate}; supported: none")
-    keys = problem.batch * problem.num_kv_heads * problem.kv_len * max(problem.head_dim, problem.value_head_dim)
+    width = max(problem.head_dim, problem.value_head_dim)
+    keys = problem.batch * problem.num_kv_heads * problem.kv_len * width
+    # Those for Hopper leave these to tensor copies.
+    queries = problem.batch * problem.num_q_heads * problem.q_len * width if is_ampere else 0
     entries = problem.batch * problem.selection_heads * problem.num_q_blocks * problem.num_slots
-    for what, size in (("elements of keys or values", keys), ("slots of the selection", entries)):
+    sizes = {"elements of keys or values": keys, "elements of queries": queries, "slots of the selection": entries}
+    for what, size in sizes.items():
         if size > MAX_ELEMENTS:
             reasons.append(f"there are {size} {what}; supported: at most {MAX_ELEMENTS}")
     if 0 in (problem.batch, problem.q_len, problem.kv_len, problem.num_slots):

@@ -1,6 +1,7 @@
 """Block-sparse flash attention, backward, as Pallas kernels for Ampere.
 
-They walk what those of `attention_backward` do, and write where they do. A thread block is one warpgroup.
+They walk what those of `attention_backward` do, and write where they do; dK/dV looks at all masks. A thread block is one
+warpgroup.
 """
 
 import functools
@@ -20,7 +21,8 @@ from sparse_attn_jax.implementations.mosaic.geometry import SLICE_ROWS, Geometry
 OF_SLICE = ("query", "d_out")
 
 
-def _differentiate(g, inputs, num_partials, interpreted):
+def _differentiate(g, inputs, is_full, num_partials, interpreted):
+    del is_full  # of which the gradients of keys make no loop without masks
     d_query = differentiate_queries(g, inputs, interpreted=interpreted)
     return d_query, *differentiate_keys(g, inputs, num_partials, interpreted=interpreted)
 

@@ -80,8 +80,8 @@ def _run(differentiate, arrays, outputs, attributes):
     inputs |= prepare.gradient_inputs(g, d_out, lse, delta)
     if g.has_membership:
         inputs["entry_words"] = inputs["words"].reshape(*inputs["words"].shape[:2], -1, g.num_words)
-    inputs |= prepare.inverse_inputs(g, offsets, tiles, slots, first_parts, first_partials, num_partials, is_full)
-    d_query, whole, partial = differentiate(g, inputs, num_partials, interpreted)
+    inputs |= prepare.inverse_inputs(g, offsets, tiles, slots, first_parts, first_partials, num_partials)
+    d_query, whole, partial = differentiate(g, inputs, is_full, num_partials, interpreted)
     if num_partials:
         summed = {name: sum_partials(g, x, inputs["ranges"]) for name, x in partial.items()}
         whole = {name: prepare.choose_summed(g, inputs["ranges"], summed[name], x) for name, x in whole.items()}
@@ -93,7 +93,7 @@ def _run(differentiate, arrays, outputs, attributes):
 
 
 def entry_point(differentiate) -> EntryPoint:
-    """Of kernels that differentiate(g, inputs, num_partials, interpreted), as `_differentiate` does."""
+    """Of kernels that differentiate(g, inputs, is_full, num_partials, interpreted), as `_differentiate` does."""
     return EntryPoint(
         functools.partial(_run, differentiate),
         (
@@ -106,8 +106,9 @@ def entry_point(differentiate) -> EntryPoint:
     )
 
 
-def _differentiate(g, inputs, num_partials, interpreted):
+def _differentiate(g, inputs, is_full, num_partials, interpreted):
     d_query = differentiate_queries(g, choose_query_config(g, interpreted), inputs)
+    inputs = inputs | dict(runs=prepare.full_runs(g, is_full, inputs))
     return d_query, *differentiate_keys(g, choose_key_config(g, interpreted), inputs, num_partials)
 
 
@@ -255,7 +256,7 @@ def differentiate_keys(
     Args:
       g: the call.
       config: how to run it.
-      inputs: those of `differentiate_queries`, and those of `prepare.inverse_inputs`.
+      inputs: those of `differentiate_queries`, those of `prepare.inverse_inputs`, and runs, of `prepare.full_runs`.
       num_partials: how many sums there are.
 
     Returns:
@@ -338,16 +339,17 @@ def _key_kernel(g, config, inputs, outputs, memory):
     chunks = g.kv_block_size // config.keys
     chunk = lax.rem(lax.axis_index("item"), jnp.int32(chunks))
     part = steps.part_of(inputs["parts"], batch, head).at[lax.axis_index("item") // chunks]
+    run = inputs["runs"].at[batch, head, lax.axis_index("item") // chunks]
     block, start = part[0], part[1]
     # Loaded where they are needed: values that the warpgroups share stay in their registers.
     num_slices = lambda: (part[2] - start) * g.slices_per_tile
-    num_full_slices = lambda: (part[5] - part[4]) * g.slices_per_tile
+    num_full_slices = lambda: (run[1] - run[0]) * g.slices_per_tile
     tiles = steps.part_of(inputs["tiles"], batch, head)
     first_key = block * g.kv_block_size + chunk * config.keys
 
     def entry_of(index):
         """Of a slice: first come the entries of the full run, then the others, so that each kind is one loop."""
-        first_full, end_full = part[4], part[5]
+        first_full, end_full = run[0], run[1]
         entry = start + lax.div(index, jnp.int32(g.slices_per_tile))
         edge = entry - (end_full - first_full)
         return jnp.where(edge < start, entry + (first_full - start), jnp.where(edge < first_full, edge, entry))

@@ -107,9 +107,7 @@ def gradient_inputs(g: Geometry, d_out: jax.Array, lse: jax.Array, delta: jax.Ar
     return dict(d_out=d_out, stats=jnp.stack(stats, axis=3))
 
 
-def inverse_inputs(
-    g: Geometry, offsets, tiles, slots, first_parts, first_partials, num_partials: int, is_full: jax.Array
-) -> dict[str, jax.Array]:
+def inverse_inputs(g: Geometry, offsets, tiles, slots, first_parts, first_partials, num_partials: int) -> dict[str, jax.Array]:
     """What the kernel of the keys' gradients walks, all of it within bounds.
 
     Args:
@@ -120,13 +118,12 @@ def inverse_inputs(
       first_parts: int32 [plan batch, plan heads, num_kv_blocks + 1], of `splitting.Parts`.
       first_partials: int32 [plan batch, plan heads, num_kv_blocks].
       num_partials: how many there are.
-      is_full: of `layout.full_entries`.
 
     Returns:
       tiles; entries, as tiles, where they stand in the lists of all tiles, one after another; parts int32
-      [batch, num_kv_heads, num_parts, 6], a KV block, where a part of its list starts and ends, WHOLE, UNUSED or the number of
-      its sums, and where the first run of full entries starts and ends; ranges int32
-      [plan batch, plan heads, num_kv_blocks, 2], the first of the sums of a block, and their number, or 0 if there is one part.
+      [plan batch, plan heads, num_parts, 4], a KV block, where a part of its list starts and ends, and WHOLE, UNUSED or the
+      number of its sums; ranges int32 [plan batch, plan heads, num_kv_blocks, 2], the first of the sums of a block, and their
+      number, or 0 if there is one part.
     """
     index = jnp.arange(g.num_kv_blocks + num_partials, dtype=jnp.int32)
     find = jax.vmap(jax.vmap(lambda ends: jnp.searchsorted(ends, index, side="right")))
@@ -148,39 +145,42 @@ def inverse_inputs(
     # Entries that do not exist become a tile beyond the last, of which copies bring zeros.
     tiles = jnp.where((tiles < 0) | (slots < 0) | (slots >= capacity), g.num_tiles, jnp.minimum(tiles, g.num_tiles))
     entries = jnp.minimum(tiles, g.num_tiles - 1) * capacity + jnp.clip(slots, 0, capacity - 1)
-    parts = [layout.tile_rows(g, x) for x in (block, start, stop, place)]
-    parts += full_runs(g, is_full, tiles, entries, start, stop)
     return dict(
         tiles=tiles,
         entries=entries,
-        parts=jnp.stack(parts, axis=-1),
+        parts=jnp.stack([block, start, stop, place], axis=-1),
         ranges=jnp.stack([first_partials, num_sums], axis=-1),
     )
 
 
-def full_runs(g: Geometry, is_full: jax.Array, tiles, entries, start, stop) -> tuple[jax.Array, jax.Array]:
-    """Where the first run of full entries of each part starts and ends: int32 [batch, num_kv_heads, num_parts] each.
+def full_runs(g: Geometry, is_full: jax.Array, inputs: Mapping[str, jax.Array]) -> jax.Array:
+    """Where the first run of full entries of each part starts and ends: int32 [batch, num_kv_heads, num_parts, 2].
 
-    Both are the part's end if it has none.
+    Both are the part's end if it has none. An entry is full if the tile's list has the part's block there, and every row of the
+    tile sees all of its keys.
 
     Args:
       g: the call.
       is_full: of `layout.full_entries`.
-      tiles: int32 [plan batch, plan heads, entries], of the inverse; num_tiles where there is no entry.
-      entries: as tiles, where they stand in the lists of all tiles, one after another.
-      start: int32 [plan batch, plan heads, num_parts], of each part.
-      stop: as start.
+      inputs: ids of `kernel_inputs`, and those of `inverse_inputs`.
     """
+    tiles, entries, parts, ids = (layout.tile_rows(g, inputs[name]) for name in ("tiles", "entries", "parts", "ids"))
+    block, start, stop = (parts[..., i] for i in range(3))
     size = tiles.shape[-1]
-    tiles, entries, start, stop = (layout.tile_rows(g, x) for x in (tiles, entries, start, stop))
     look_up = lambda x, at: jnp.take_along_axis(x, at, axis=-1, mode="clip")
-    is_full = look_up(is_full.reshape(*is_full.shape[:2], -1), entries) & (tiles < g.num_tiles)
+    ids, is_full = (look_up(x.reshape(*x.shape[:2], -1), entries) for x in (ids, is_full))
+    is_full &= tiles < g.num_tiles
+    # A run has one block: an inverse that contradicts the lists makes no entry full for another.
+    goes_on = is_full & (ids == jnp.roll(ids, 1, axis=-1))
     index = jnp.arange(size, dtype=jnp.int32)
-    # From each entry on, the next of which this is so.
-    next_of = lambda is_so: jax.lax.cummin(jnp.where(is_so, index, size), axis=2, reverse=True)
-    first = jnp.clip(look_up(next_of(is_full), start), start, stop)
-    end = jnp.clip(look_up(next_of(~is_full), first), first, stop)
-    return first, end
+    # From each entry on, and from the end, the next of which this is so.
+    next_of = lambda is_so: jnp.pad(
+        jax.lax.cummin(jnp.where(is_so, index, size), axis=2, reverse=True), [(0, 0), (0, 0), (0, 1)], constant_values=size
+    )
+    first = jnp.minimum(look_up(next_of(is_full), start), stop)
+    first = jnp.where(look_up(ids, first) == block, first, stop)
+    end = jnp.clip(look_up(next_of(~goes_on), first + 1), first, stop)
+    return jnp.stack([first, end], axis=-1)
 
 
 def choose_summed(g: Geometry, ranges: jax.Array, summed: jax.Array, whole: jax.Array) -> jax.Array:
