@@ -54,6 +54,16 @@ def test_threads_copy_where_there_is_no_tma(kernels):
         assert (numbers["cp_async"] > 0) == (program.startswith(AMPERE) and name not in WITHOUT_PRODUCTS), (program, name)
 
 
+# The first copies, and those of each step: three loops over a tile's list, or one over a block's.
+WAITS = dict(attention_forward=1 + 3, query_gradient=1 + 3, key_gradient=1 + 1, sum_parts=0)
+
+
+def test_copies_of_threads_are_waited_for(kernels):
+    """The interpreter runs other waits."""
+    for program, name, numbers in kernels:
+        assert numbers["waits"] == (WAITS[name] if program.startswith(AMPERE) else 0), (program, name)
+
+
 def test_no_kernel_spills_more_than_is_documented(kernels):
     for program, name, numbers in kernels:
         assert numbers["spill_bytes"] <= pallas_table.spill_budget(program, name), (program, name, numbers)

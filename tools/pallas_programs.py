@@ -151,8 +151,8 @@ def training_step() -> Program:
 
 
 SIZES = ((64, 16), (64, 64), (128, 16), (128, 32), (128, 64), (128, 128), (192, 64), (256, 16), (256, 64))
-AMPERE_SIZES = ((64, 16), (64, 64), (128, 16), (128, 64), (128, 128))
-AMPERE_SIZES_WITH_OPTIONS = ((64, 16), (128, 64))
+AMPERE_SIZES = ((64, 64), (128, 16), (128, 64), (128, 128))
+AMPERE_SIZES_WITH_OPTIONS = ((128, 64),)
 PROGRAMS: dict[str, Callable[[], Program]] = {
     **{f"attention, head_dim {dim}, blocks of {block}": functools.partial(attention, dim, block) for dim, block in SIZES},
     "attention, head_dim 128, blocks of 64, float16": functools.partial(attention, 128, 64, "float16"),
@@ -204,6 +204,10 @@ def name_of(dump: Path) -> str:
     return re.match(r"(.*)_\d+\.", dump.name)[1]
 
 
+# For all copies that a thread has started, and then for the other threads.
+WAIT = re.compile(r"cp[.]async[.]wait_group 0;\s*(?:mov[^;]*;\s*|//[^\n]*\n\s*)*bar[.]sync")
+
+
 def read_kernel(name: str, dumps: set[Path]) -> dict[str, int]:
     """The most that any of the kernels of a name takes, from the compiler's reports."""
     texts = collections.defaultdict(list)
@@ -222,6 +226,7 @@ def read_kernel(name: str, dumps: set[Path]) -> dict[str, int]:
         wgmma=max(text.count("wgmma.mma_async") for text in texts["ptx"]),
         mma=max(text.count("mma.sync") for text in texts["ptx"]),
         cp_async=max(len(re.findall(r"cp[.]async[.]c[ag]", text)) for text in texts["ptx"]),
+        waits=max(len(WAIT.findall(text)) for text in texts["ptx"]),
     )
 
 
