@@ -205,7 +205,7 @@ def name_of(dump: Path) -> str:
 
 
 # For all copies that a thread has started, and then for the other threads.
-WAIT = re.compile(r"cp[.]async[.]wait_group\s+0;\s*(?:mov[^;]*;\s*|//[^\n]*\n\s*)*bar[.]sync")
+WAIT = re.compile(r"cp[.]async[.]wait_group\s+0;\s*(?:mov[^;]*;\s*|(?://|[.]loc)[^\n]*\n\s*)*bar[.]sync")
 
 
 def read_kernel(name: str, dumps: set[Path]) -> dict[str, int]:

@@ -25,7 +25,7 @@ SPILL_BYTES = (
     # masks needs has to outlast the one without.
     ("head_dim 128", "key_gradient", 64),
     ("training step", "key_gradient", 64),
-    ("head_dim 256", "key_gradient", 160),
+    ("head_dim 256", "key_gradient", 192),
     ("head_dim 128, .* all options", "attention_forward", 16),
     ("head_dim 128, .* all options", "query_gradient", 16),
     # Tables of rows, which are in registers there while the list is walked.
