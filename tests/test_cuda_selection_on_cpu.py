@@ -383,7 +383,9 @@ def test_sound_call_of_the_handler():
 @pytest.mark.parametrize("arch", [80, 90])
 def test_a_block_has_tiles_of_several_lists(arch):
     """Four lists of one tile, and three blocks in the simulator. Whoever has finished a tile takes a number."""
-    assert call_handler(arch=np.int32(arch))[1][0, 0] == 4
+    indices, num_taken = call_handler(arch=np.int32(arch))
+    assert num_taken[0, 0] == 4
+    np.testing.assert_array_equal(indices, np.broadcast_to([0, -1, -1, -1, -1], (2, 2, 8, 5)))
 
 
 @pytest.mark.parametrize("name", ARRAYS)

@@ -5,6 +5,7 @@ import functools
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -148,8 +149,6 @@ def runs_by_definition(is_full, ids, tiles, slots, parts) -> np.ndarray:
 @pytest.mark.parametrize("share", [0.0, 0.6, 0.95, 1.0])
 @pytest.mark.parametrize("contradicts", [False, True])
 def test_runs_of_full_entries_are_their_definition(share, contradicts):
-    from types import SimpleNamespace
-
     from sparse_attn_jax.implementations.mosaic import prepare
 
     rng = np.random.default_rng(7)

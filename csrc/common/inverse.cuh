@@ -133,6 +133,9 @@ class InverseList {
 // The work of a kernel that is key-major: chunks of keys of a block, for each part of its list.
 class KeyChunks : public WorkQueue {
  public:
+  static constexpr const char* kKind =
+      "chunks of keys (batch * num_kv_heads * (kv_len and parts of split lists) / keys of a chunk)";
+
   struct Chunk {
     int batch, kv_head, part;
     int first_key;  // in the block

@@ -10,9 +10,7 @@
 #include <typeinfo>
 #include <vector>
 
-#include "common/inverse.cuh"
 #include "common/ptx.cuh"
-#include "common/slices.cuh"
 #include "launchers.h"
 
 namespace sparse_attn {
@@ -102,8 +100,8 @@ Status launch(void (*kernel)(Params), const Grid& grid, const Params& params,
 #endif
 }
 
-// Starts a kernel whose blocks share `pieces` of work: as many blocks as run at the same time on
-// the current device, or fewer if there are fewer pieces. `kind` says what a piece is.
+// Starts a kernel whose blocks share `pieces` of a WorkQueue: as many blocks as run at the same
+// time on the current device, or fewer if there are fewer pieces. `kind` says what a piece is.
 template <class Config, class Params>
 Status launch_queue(void (*kernel)(Params), std::int64_t pieces, const char* kind,
                     std::int32_t* num_taken, const Params& params, const LaunchContext& context,
@@ -134,26 +132,6 @@ Status launch_queue(void (*kernel)(Params), std::int64_t pieces, const char* kin
   }
   return launch<Config>(kernel, {std::min<std::int64_t>(pieces, blocks), 1, 1}, params, context,
                         shared_bytes);
-}
-
-// The same for slices of query tiles.
-template <class Config, class Params>
-Status launch_slices(void (*kernel)(Params), const AttentionInputs& in, std::int32_t* num_taken,
-                     const Params& params, const LaunchContext& context) {
-  return launch_queue<Config>(
-      kernel, Slices::count(in, Config::kRows),
-      "slices of query tiles (batch * num_kv_heads * q_len * group size / rows of a slice)",
-      num_taken, params, context);
-}
-
-// The same for chunks of keys.
-template <class Config, class Params>
-Status launch_chunks(void (*kernel)(Params), const AttentionBackwardParams& p, const Params& params,
-                     const LaunchContext& context) {
-  return launch_queue<Config>(
-      kernel, KeyChunks::count(p, Config::kKeys),
-      "chunks of keys (batch * num_kv_heads * (kv_len and parts of split lists) / keys of a chunk)",
-      p.num_taken, params, context);
 }
 
 // Kernels that run one after the other, each with a function that starts it.

@@ -9,6 +9,9 @@ namespace sparse_attn {
 
 class Slices : public WorkQueue {
  public:
+  static constexpr const char* kKind =
+      "slices of query tiles (batch * num_kv_heads * q_len * group size / rows of a slice)";
+
   __device__ Slices(const AttentionInputs& in, int* num_taken, int rows)
       : WorkQueue(num_taken, count(in, rows)), in_(in), rows_(rows) {}
 

@@ -24,6 +24,10 @@ class WorkQueue {
   __device__ int take() const {
     return static_cast<int>(gridDim.x) + ptx::atomic_add_global(num_taken_, 1);
   }
+  // By a warp, for all of its lanes.
+  __device__ int take_by_warp() const {
+    return ptx::shuffle(ptx::lane_index() == 0 ? take() : 0, 0);
+  }
   __device__ bool has(int piece) const { return piece < count_; }
   // Whether there is nothing to compute.
   __device__ static bool is_empty(int) { return false; }

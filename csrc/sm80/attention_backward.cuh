@@ -369,7 +369,7 @@ __device__ __forceinline__ void differentiate_chunk(const AttentionBackwardParam
   }
 }
 
-// Shared memory has room for two blocks at most: without the 1, registers are spilled for a third.
+// Without the 1, ptxas spills registers for one more block per multiprocessor.
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     key_gradient(const __grid_constant__ AttentionBackwardParams p) {

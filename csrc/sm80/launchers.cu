@@ -14,21 +14,24 @@ namespace {
 template <class Config>
 struct Forward {
   static Status run(const AttentionForwardParams& p, const LaunchContext& context) {
-    return launch_slices<Config>(&attention_forward<Config>, p.in, p.num_taken, p, context);
+    return launch_queue<Config>(&attention_forward<Config>, Slices::count(p.in, Config::kRows),
+                                Slices::kKind, p.num_taken, p, context);
   }
 };
 
 template <class Config>
 struct QueryGradient {
   static Status run(const AttentionBackwardParams& p, const LaunchContext& context) {
-    return launch_slices<Config>(&query_gradient<Config>, p.in, p.num_taken, p, context);
+    return launch_queue<Config>(&query_gradient<Config>, Slices::count(p.in, Config::kRows),
+                                Slices::kKind, p.num_taken, p, context);
   }
 };
 
 template <class Config>
 struct KeyGradients {
   static Status run(const AttentionBackwardParams& p, const LaunchContext& context) {
-    return launch_chunks<Config>(&key_gradient<Config>, p, p, context);
+    return launch_queue<Config>(&key_gradient<Config>, KeyChunks::count(p, Config::kKeys),
+                                KeyChunks::kKind, p.num_taken, p, context);
   }
 };
 

@@ -659,8 +659,7 @@ __device__ __forceinline__ void produce(const AttentionBackwardArguments& argume
   };
   const KeyChunks chunks(p, Config::kKeys);
   int number = 0, step = 0;
-  for (int piece = KeyChunks::first(); chunks.has(piece);
-       piece = ptx::shuffle(lane == 0 ? chunks.take() : 0, 0)) {
+  for (int piece = KeyChunks::first(); chunks.has(piece); piece = chunks.take_by_warp()) {
     const auto [batch, kv_head, part, key_of_block] = chunks.chunk(piece);
     const InverseList list(in, p.inverse, batch, kv_head, part);
     if (!list.exists()) continue;

@@ -62,8 +62,8 @@ struct Variant {
         .query = map_of_rows<T, kHeadDim>(in.query, in.shape, SliceBox(in.shape, in.plan)),
         .key = map_of_keys<T, kHeadDim>(in.key, in.shape, Config::Stream::kPieceKeys),
         .value = map_of_keys<T, kHeadDim>(in.value, in.shape, Config::Stream::kPieceKeys)};
-    return launch_slices<Config>(&attention_forward<Config>, in, params.num_taken, arguments,
-                                 context);
+    return launch_queue<Config>(&attention_forward<Config>, Slices::count(in, Config::kRows),
+                                Slices::kKind, params.num_taken, arguments, context);
   }
 
   static constexpr int kQueryStages = kHeadDim >= 128 ? 2 : kHeadDim > 64 ? 3 : 4;
@@ -87,8 +87,9 @@ struct Variant {
     try {
       const auto differentiate_queries = [&]<class Config>(Config) {
         const SliceBox rows(in.shape, in.plan);
-        return launch_slices<Config>(&query_gradient<Config>, in, params.num_taken,
-                                     arguments_of(rows, Config::Stream::kPieceKeys), context);
+        return launch_queue<Config>(&query_gradient<Config>, Slices::count(in, Config::kRows),
+                                    Slices::kKind, params.num_taken,
+                                    arguments_of(rows, Config::Stream::kPieceKeys), context);
       };
       Status status = Deltas<T, kHeadDim>::run(params, context);
       if (status) return status;
@@ -99,9 +100,9 @@ struct Variant {
         status = differentiate_queries(OfQuery());
       }
       if (status) return status;
-      status =
-          launch_chunks<OfKey>(&key_gradient<OfKey>, params,
-                               arguments_of(StripBox(in.shape, in.plan), OfKey::kKeys), context);
+      status = launch_queue<OfKey>(
+          &key_gradient<OfKey>, KeyChunks::count(params, OfKey::kKeys), KeyChunks::kKind,
+          params.num_taken, arguments_of(StripBox(in.shape, in.plan), OfKey::kKeys), context);
       return status ? status : OfParts::run(params, context);
     } catch (const std::exception& error) {
       return error.what();

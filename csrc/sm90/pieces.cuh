@@ -24,7 +24,7 @@ class PieceRing {
   template <class Queue, class Compute>
   __device__ void produce(const Queue& queue, Compute compute) const {
     int step = 0;
-    for (int piece = Queue::first(); queue.has(piece); piece = take(queue)) {
+    for (int piece = Queue::first(); queue.has(piece); piece = queue.take_by_warp()) {
       if (queue.is_empty(piece)) continue;
       send(piece, step);
       compute(piece, step++);
@@ -47,10 +47,6 @@ class PieceRing {
  private:
   static constexpr int kEnd = -1;
 
-  __device__ static int take(const WorkQueue& queue) {
-    const int piece = ptx::lane_index() == 0 ? queue.take() : 0;
-    return ptx::shuffle(piece, 0);
-  }
   __device__ void send(int piece, int step) const {
     if (ptx::lane_index() != 0) return;
     numbers_.wait_empty(step);

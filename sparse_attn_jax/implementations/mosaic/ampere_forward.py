@@ -16,6 +16,7 @@ from sparse_attn_jax import jax_compat
 from sparse_attn_jax.arguments import AXES, attention_arguments
 from sparse_attn_jax.entry_point import EntryPoint, Result
 from sparse_attn_jax.implementations.mosaic import ampere_ring, ampere_steps, layout, prepare, steps
+from sparse_attn_jax.implementations.mosaic.attention_forward import results_of
 from sparse_attn_jax.implementations.mosaic.geometry import CHUNK_KEYS, SLICE_ROWS, Geometry
 from sparse_attn_jax.planning import TilePlan
 from sparse_attn_jax.problem import Operands, Problem, TokenMask
@@ -44,13 +45,9 @@ def attend_slices(g: Geometry, inputs: dict[str, jax.Array], *, interpreted: boo
     def attention_forward(inputs, outputs, memory):
         _kernel(g, inputs, outputs, memory, interpreted)
 
-    slices = (g.batch, g.num_kv_heads, g.num_slices, SLICE_ROWS)
     results = plgpu.kernel(
         attention_forward,
-        out_type=dict(
-            out=jax.ShapeDtypeStruct((*slices, g.value_columns), jnp.dtype(g.dtype)),
-            lse=jax.ShapeDtypeStruct(slices, jnp.float32),
-        ),
+        out_type=results_of(g),
         grid=(g.num_slices, g.num_kv_heads, g.batch),
         grid_names=("item", "head", "batch"),
         scratch_types=dict(memory=memory_of(g, interpreted)),

@@ -62,6 +62,13 @@ def forward(problem: Problem, operands: Operands, plan: TilePlan, mask: TokenMas
     return FORWARD(*attention_arguments(problem, operands, plan, mask), **attributes)
 
 
+def results_of(g: Geometry) -> dict[str, jax.ShapeDtypeStruct]:
+    """What the kernel writes: `attend_slices` returns it."""
+    slices = (g.batch, g.num_kv_heads, g.num_slices, SLICE_ROWS)
+    out = jax.ShapeDtypeStruct((*slices, g.value_columns), jnp.dtype(g.dtype))
+    return dict(out=out, lse=jax.ShapeDtypeStruct(slices, jnp.float32))
+
+
 def attend_slices(g: Geometry, config: ForwardConfig, inputs: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """out [batch, num_kv_heads, num_slices, 64, value_columns] and lse [batch, num_kv_heads, num_slices, 64], float32.
 
@@ -74,13 +81,9 @@ def attend_slices(g: Geometry, config: ForwardConfig, inputs: dict[str, jax.Arra
     def attention_forward(inputs, outputs, memory):
         _kernel(g, config, inputs, outputs, memory)
 
-    slices = (g.batch, g.num_kv_heads, g.num_slices, SLICE_ROWS)
     results = plgpu.kernel(
         attention_forward,
-        out_type=dict(
-            out=jax.ShapeDtypeStruct((*slices, g.value_columns), jnp.dtype(g.dtype)),
-            lse=jax.ShapeDtypeStruct(slices, jnp.float32),
-        ),
+        out_type=results_of(g),
         grid=(g.num_slices // config.warpgroups, g.num_kv_heads, g.batch),
         grid_names=("item", "head", "batch"),
         num_threads=config.warpgroups + 1,
