@@ -163,6 +163,7 @@ class Session:
         self.objects = Objects(FOLDER / "unchanged")
         self.idle = queue.SimpleQueue()
         self.counts = dict.fromkeys(report.VERDICTS, 0)
+        self.lock = threading.Lock()
 
     def run(self, by_path: dict[str, list[Mutant]], todo: set[str], jobs: int) -> None:
         """Tests the mutants whose ids are in `todo`."""
@@ -172,11 +173,13 @@ class Session:
             self.idle.put(worker)
         try:
             self.start = time.monotonic()
-            with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-                for path, mutants in by_path.items():
-                    mine = [mutant for mutant in mutants if mutant.id in todo]
-                    if mine:
-                        self.test_source(path, mutants, mine, pool, len(todo))
+            own = {path: [mutant for mutant in mutants if mutant.id in todo] for path, mutants in by_path.items()}
+            paths = sorted(filter(own.get, own), key=lambda path: len(own[path]), reverse=True)
+            # While one source is compiled and checked, mutants of another are tested.
+            with concurrent.futures.ThreadPoolExecutor(jobs) as pool, concurrent.futures.ThreadPoolExecutor(2) as sources:
+                test = lambda path: self.test_source(path, by_path[path], own[path], pool, len(todo))
+                for _ in sources.map(test, paths):
+                    pass
         finally:
             for worker in workers:
                 worker.stop()
@@ -210,8 +213,9 @@ class Session:
 
     def add(self, mutant: Mutant, result: dict, total: int) -> None:
         self.results.add(mutant, result)
-        self.counts[result["verdict"]] += 1
-        done = sum(self.counts.values())
+        with self.lock:
+            self.counts[result["verdict"]] += 1
+            done = sum(self.counts.values())
         left = (time.monotonic() - self.start) / done * (total - done)
         line = f"{done}/{total}, {self.counts[report.SURVIVED]} survived, {left / 60:.0f} min left; "
         print(f"{line}{mutant.id}: {result['verdict']} {result['check'] or ''}", flush=True)
