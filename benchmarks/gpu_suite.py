@@ -157,7 +157,8 @@ def decoding_commands(out: Path) -> list[Command]:
 
 def config_commands(out: Path) -> list[Command]:
     """A sweep of the Pallas kernels' configurations, of both ways to select."""
-    if compute_capability() != "9.0" or not jax_compat.HAS_MOSAIC_GPU:
+    has_kernels = {"8.0": jax_compat.HAS_MOSAIC_GPU_FOR_AMPERE, "9.0": jax_compat.HAS_MOSAIC_GPU}
+    if not has_kernels.get(compute_capability()):
         return [ON_A_GPU]
     sweep = ["--implementations=mosaic", "--mosaic_configs", "--baselines=", "--mode=forward_backward"]
     tokens = [*PUBLISHED, "--q_len=32768", "--batch=2", "--generator=realistic"]

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import jax
@@ -222,24 +223,32 @@ def shifted_causality(query, key, *arguments, **options):
 
 
 @pytest.mark.skipif(not jax_compat.HAS_MOSAIC_GPU, reason="needs JAX 0.11 or newer")
-def test_configurations_of_a_sweep(mosaic_on_cpu, monkeypatch):
+@pytest.mark.parametrize(
+    ("capability", "contender", "stages"),
+    [("9.0", "mosaic forward: warpgroups 1, stages 2", [3, 2]), ("8.0", "mosaic forward: stages 2", [4, 2])],
+)
+def test_configurations_of_a_sweep(capability, contender, stages, mosaic_on_cpu, monkeypatch):
     """Each fits, none is the kernels' own choice, and it is the one that runs; the results are the same."""
     from benchmarks import mosaic_configs
-    from sparse_attn_jax.implementations.mosaic import attention_forward
+    from sparse_attn_jax.implementations import mosaic
 
-    run, ran = attention_forward.attend_slices, []
+    monkeypatch.setattr(jax_compat, "lowering_compute_capability", lambda: capability)
+    modules = mosaic.kernels_of(SimpleNamespace(compute_capability=capability))
+    monkeypatch.setattr(mosaic, "kernels_of", lambda problem: modules)
+    module = modules[0]
+    run, ran = module.attend_slices, []
     record = lambda g, config, inputs: ran.append(config.stages) or run(g, config, inputs)
-    monkeypatch.setattr(attention_forward, "attend_slices", record)
+    monkeypatch.setattr(module, "attend_slices", record)
     sizes = dict(num_q_heads=4, num_kv_heads=2, head_dim=64, q_block_size=1, kv_block_size=16, num_slots=2)
     workload = Workload(sized_case(seed=0, batch=1, q_len=70, kv_len=None, is_causal=True, dtype="bfloat16", **sizes))
     found = {contender.name: contender for contender in mosaic_configs.contenders_for(workload.case)}
-    assert len(found) >= 8 and "mosaic forward: warpgroups 1, stages 2" in found
+    assert len(found) >= 6 and contender in found
     made = workload.make_inputs()
     prepared = [
         contender.prepare(workload, made, "forward").results(made.d_out)["out"]
-        for contender in (Implementation("mosaic"), found["mosaic forward: warpgroups 1, stages 2"])
+        for contender in (Implementation("mosaic"), found[contender])
     ]
-    assert ran == [3, 2]
+    assert ran == stages
     np.testing.assert_array_equal(*prepared)
 
 

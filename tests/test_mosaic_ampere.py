@@ -177,6 +177,54 @@ def test_reason_of_an_old_jax(monkeypatch):
     assert any("0.11.2 and newer" in reason for reason in mosaic.supports(ABLE))
 
 
+KIB = 1024
+
+
+@needs_ampere
+@pytest.mark.parametrize("kv_block_size", [16, 128])
+@pytest.mark.parametrize(("head_dim", "expected"), [(64, (4, 4, 3)), (96, (2, 4, 4)), (128, (2, 4, 4))])
+def test_stages_leave_room_for_another_thread_block(head_dim, expected, kv_block_size):
+    """An A100 has 164 KiB of shared memory for the thread blocks of a multiprocessor, each of which takes one more."""
+    from sparse_attn_jax.implementations.mosaic import ampere_backward, ampere_forward
+
+    g = geometry_of(head_dim, kv_block_size)
+    columns = 128 if head_dim > 64 else 64
+    matrix = lambda rows: rows * columns * 2
+    keys = min(kv_block_size, 64 if head_dim == 64 else 32)
+    stage, slices = 2 * matrix(64), 2 * matrix(64)
+    chosen = {
+        ampere_forward.choose_config(g): lambda stages: matrix(64) + stages * stage,
+        ampere_backward.choose_query_config(g): lambda stages: 2 * matrix(64) + stages * stage,
+        # Its reductions take 2 KiB more.
+        ampere_backward.choose_key_config(g): lambda stages: 2 * matrix(keys) + stages * slices + 64 * keys * 2 + 2 * KIB,
+    }
+    if kv_block_size == 128:
+        assert tuple(config.stages for config in chosen) == expected
+    for config, bytes_of in chosen.items():
+        blocks = {stages: min(2, 164 * KIB // (bytes_of(stages) + KIB)) for stages in range(2, 6)}
+        assert blocks[config.stages] == blocks[2] > 0
+        assert config.stages == 4 or blocks[config.stages + 1] < blocks[2]
+
+
+@needs_ampere
+def test_config_that_cannot_fit_says_what_it_needs():
+    from sparse_attn_jax.implementations.mosaic import ampere_forward
+
+    message = r"ForwardConfig\(stages=2.*\) needs 245760 bytes of shared memory; a thread block may have 166912"
+    with pytest.raises(ValueError, match=message):
+        ampere_forward.choose_config(geometry_of(384, 64))
+
+
+def geometry_of(head_dim: int, kv_block_size: int):
+    from benchmarks import mosaic_schedules
+    from benchmarks.workloads import sized_case
+
+    heads = dict(num_q_heads=4, num_kv_heads=2, head_dim=head_dim)
+    lists = dict(q_block_size=1, kv_block_size=kv_block_size, num_slots=2)
+    sizes = dict(seed=0, batch=1, q_len=256, kv_len=None, is_causal=True, dtype="bfloat16")
+    return mosaic_schedules.geometry_of(sized_case(**sizes, **heads, **lists), 8)
+
+
 def test_cuda_comes_first():
     assert dispatch.requested_names(None, ABLE) == ("cuda", "mosaic", "xla")
     assert dispatch.requested_names(None, dataclasses.replace(ABLE, compute_capability="9.0")) == ("mosaic", "cuda", "xla")

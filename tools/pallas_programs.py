@@ -204,11 +204,11 @@ def name_of(dump: Path) -> str:
     return re.match(r"(.*)_\d+\.", dump.name)[1]
 
 
-# For all copies that a thread has started, and then for the other threads.
-WAIT = re.compile(r"cp[.]async[.]wait_group\s+0;\s*(?:mov[^;]*;\s*|(?://|[.]loc)[^\n]*\n\s*)*bar[.]sync")
+# Until no more than a number of copies that a thread has started are not there, and then for the other threads.
+WAIT = re.compile(r"cp[.]async[.]wait_group\s+(\d+);\s*(?:mov[^;]*;\s*|(?://|[.]loc)[^\n]*\n\s*)*bar[.]sync")
 
 
-def read_kernel(name: str, dumps: set[Path]) -> dict[str, int]:
+def read_kernel(name: str, dumps: set[Path]) -> dict[str, int | list[int]]:
     """The most that any of the kernels of a name takes, from the compiler's reports."""
     texts = collections.defaultdict(list)
     for path in dumps:
@@ -226,7 +226,8 @@ def read_kernel(name: str, dumps: set[Path]) -> dict[str, int]:
         wgmma=max(text.count("wgmma.mma_async") for text in texts["ptx"]),
         mma=max(text.count("mma.sync") for text in texts["ptx"]),
         cp_async=max(len(re.findall(r"cp[.]async[.]c[ag]", text)) for text in texts["ptx"]),
-        waits=max(len(WAIT.findall(text)) for text in texts["ptx"]),
+        copies=max(text.count("cp.async.commit_group") for text in texts["ptx"]),
+        waits=max((sorted(map(int, WAIT.findall(text))) for text in texts["ptx"]), key=len),
     )
 
 

@@ -1,9 +1,10 @@
 """Block-sparse flash attention, forward, as a Pallas kernel for Ampere.
 
 The structure is FlashAttention-2's: a thread block is one warpgroup with a slice of 64 rows. It multiplies one chunk of keys
-and values while the next is copied into shared memory.
+and values while the next are copied into shared memory.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -22,11 +23,29 @@ from sparse_attn_jax.planning import TilePlan
 from sparse_attn_jax.problem import Operands, Problem, TokenMask
 
 
+@dataclasses.dataclass(frozen=True)
+class ForwardConfig:
+    """How the kernel is run.
+
+    Attributes:
+      stages: chunks of keys and values that shared memory holds.
+      interpreted: the kernel is not compiled, but simulated on a CPU.
+    """
+
+    stages: int
+    interpreted: bool = False
+
+
+def choose_config(g: Geometry, interpreted: bool = False) -> ForwardConfig:
+    config = ampere_ring.most_stages(ForwardConfig, lambda config: memory_of(g, config))
+    return dataclasses.replace(config, interpreted=interpreted)
+
+
 def _run(arrays, outputs, attributes):
     """One device's part of a call."""
     del outputs
     g, inputs, _ = prepare.kernel_inputs(arrays, attributes)
-    out, lse = attend_slices(g, inputs, interpreted=attributes["interpreted"])
+    out, lse = attend_slices(g, choose_config(g, attributes["interpreted"]), inputs)
     return layout.from_slices(g, out)[..., : g.value_head_dim], layout.from_slices(g, lse)
 
 
@@ -39,57 +58,52 @@ def forward(problem: Problem, operands: Operands, plan: TilePlan, mask: TokenMas
     return FORWARD(*attention_arguments(problem, operands, plan, mask), **attributes)
 
 
-def attend_slices(g: Geometry, inputs: dict[str, jax.Array], *, interpreted: bool) -> tuple[jax.Array, jax.Array]:
+def attend_slices(g: Geometry, config: ForwardConfig, inputs: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """As `attention_forward.attend_slices`."""
 
     def attention_forward(inputs, outputs, memory):
-        _kernel(g, inputs, outputs, memory, interpreted)
+        _kernel(g, config, inputs, outputs, memory)
 
     results = plgpu.kernel(
         attention_forward,
         out_type=results_of(g),
         grid=(g.num_slices, g.num_kv_heads, g.batch),
         grid_names=("item", "head", "batch"),
-        scratch_types=dict(memory=memory_of(g, interpreted)),
+        scratch_types=dict(memory=memory_of(g, config)),
         compiler_params=ampere_steps.COMPILER_PARAMS,
     )(ampere_ring.with_margins(g, inputs))
     return results["out"], results["lse"]
 
 
-def memory_of(g: Geometry, interpreted: bool) -> dict:
+def memory_of(g: Geometry, config: ForwardConfig) -> dict:
     """Shared memory of a thread block, by name."""
     memory = dict(query=steps.smem((SLICE_ROWS, g.key_columns), jnp.dtype(g.dtype)))
-    if interpreted:
+    if config.interpreted:
         memory["query_ready"] = plgpu.Barrier()
-    return memory | ampere_ring.memory(g, interpreted=interpreted)
+    return memory | ampere_ring.memory(g, config.stages, interpreted=config.interpreted)
 
 
-def _kernel(g, inputs, outputs, memory, interpreted):
+def _kernel(g, config, inputs, outputs, memory):
     batch, head = lax.axis_index("batch"), lax.axis_index("head")
     # The last tiles are the longest under causality, and start first.
     item = g.num_slices - 1 - lax.axis_index("item")
     ids, words, spans = steps.list_of(g, inputs, batch, head, item // g.slices_per_tile)
-    finish_copies = functools.partial(ampere_steps.finish_copies, memory, interpreted=interpreted)
-    start_chunk = functools.partial(
-        ampere_ring.start_chunk, g, inputs, memory, batch, head, ids, spans, interpreted=interpreted
-    )
+    chunks = ampere_ring.chunks(g, config.stages, inputs, memory, batch, head, ids, spans)
+    multiply = functools.partial(ampere_steps.product, interpreted=config.interpreted)
+    add_product = functools.partial(ampere_steps.add_product, interpreted=config.interpreted)
 
-    query_ready = memory["query_ready"] if interpreted else None
-    query = inputs["query"].at[batch, head, item]
-    ampere_steps.start_copy(query, memory["query"], query_ready, interpreted=interpreted)
-    start_chunk(jnp.int32(0))
+    ampere_steps.start_copy(inputs["query"].at[batch, head, item], memory["query"], memory.get("query_ready"))
+    chunks.start()
     tables = steps.part_of(inputs["rows"], batch, head).at[item]
     rows = {name: steps.load_rows(tables.at[i]) for i, name in enumerate(g.row_names)}
-    finish_copies("query_ready")
+    # The first chunk comes after it; but a list may be empty, and nothing is under way when a thread block ends.
+    ampere_steps.finish_copies(memory.get("query_ready"))
 
     def attend_chunk(is_full, step, carry):
         row_max, row_sum, acc = carry
-        slot = lax.rem(step, jnp.int32(ampere_ring.STAGES))
-        finish_copies("ready", slot)
-        start_chunk(step + 1)
+        slot = chunks.next(step)
 
-        shape = (SLICE_ROWS, CHUNK_KEYS)
-        scores = ampere_steps.product(memory["query"], memory["key"].at[slot].transpose((1, 0)), shape, interpreted=interpreted)
+        scores = multiply(memory["query"], memory["key"].at[slot].transpose((1, 0)), (SLICE_ROWS, CHUNK_KEYS))
         logits, _ = steps.logits_of(g, scores)
         pieces = steps.pieces_of(g, ids, None if is_full else words, spans[0], step)
         if g.has_key_bias or not is_full:
@@ -105,8 +119,8 @@ def _kernel(g, inputs, outputs, memory, interpreted):
         rescale = jnp.exp2(row_max - shift)
         row_sum = row_sum * rescale + weights.sum(axis=1)
         acc *= steps.over_columns(rescale, g.value_columns)
-        weights = ampere_steps.to_operand(weights, g.dtype, interpreted=interpreted)
-        acc = ampere_steps.add_product(acc, weights, memory["value"].at[slot], interpreted=interpreted)
+        weights = ampere_steps.to_operand(weights, g.dtype, interpreted=config.interpreted)
+        acc = add_product(acc, weights, memory["value"].at[slot])
         return new_max, row_sum, acc
 
     carry = steps.full_rows(-jnp.inf), steps.full_rows(0.0), steps.full_matrix((SLICE_ROWS, g.value_columns), 0.0)

@@ -1,6 +1,9 @@
-"""Chunks of a query tile's list in shared memory: the warpgroup that computes on one has the next copied meanwhile."""
+"""Lists in shared memory: the warpgroup that computes on one item has those that come after it copied meanwhile."""
 
+import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +14,92 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from sparse_attn_jax.implementations.mosaic import ampere_steps, steps
 from sparse_attn_jax.implementations.mosaic.geometry import CHUNK_KEYS, SWIZZLE_COLUMNS, Geometry
 
-# Chunks that shared memory holds: one to compute on, one that is copied.
-STAGES = 2
+Config = TypeVar("Config")
+
+# Items that shared memory may hold: one to compute on, and those that are copied.
+STAGES = (2, 3, 4)
+# Of a multiprocessor of an A100; each thread block takes so much more of it than it asks for.
+SHARED_BYTES, RESERVED_BYTES = 164 * 1024, 1024
+MAX_SHARED_BYTES = SHARED_BYTES - RESERVED_BYTES
+# Thread blocks that registers leave room for.
+MAX_BLOCKS = 2
 
 
-def memory(g: Geometry, *, interpreted: bool) -> dict:
-    """Keys and values; in the interpreter, barriers that say when they are there."""
-    keys = lambda columns: steps.smem((STAGES, CHUNK_KEYS, columns), jnp.dtype(g.dtype), swizzle_of(g.piece_keys, columns))
+def most_stages(make: Callable[[int], Config], memory_of: Callable[[Config], dict], reduction_bytes: int = 0) -> Config:
+    """The config of so many stages as leave room for another thread block; if there is none, of so many as fit.
+
+    Args:
+      make: the config of a number of stages.
+      memory_of: its shared memory, by name.
+      reduction_bytes: that reductions take beside it.
+
+    Raises:
+      ValueError: none fits; with what the fewest need.
+    """
+    sizes = {stages: steps.shared_bytes(memory_of(make(stages)), reduction_bytes) for stages in STAGES}
+    blocks = {stages: min(MAX_BLOCKS, SHARED_BYTES // (size + RESERVED_BYTES)) for stages, size in sizes.items()}
+    fewest = STAGES[0]
+    if not blocks[fewest]:
+        needed = f"{make(fewest)} needs {sizes[fewest]} bytes of shared memory"
+        raise ValueError(f"{needed}; a thread block may have {MAX_SHARED_BYTES}.")
+    return make(max(stages for stages in STAGES if blocks[stages] == blocks[fewest]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """Items of a list, each of which has a slot of shared memory for some time.
+
+    Attributes:
+      stages: slots.
+      ready: in the interpreter, a barrier of each slot.
+      num_items: of the list.
+      num_copies: of an item.
+      copy: `copy(index, slot, ready)` starts the copies of an item.
+    """
+
+    stages: int
+    ready: Any
+    num_items: jax.Array
+    num_copies: int
+    copy: Callable[[jax.Array, jax.Array, Any], None]
+
+    def start(self) -> None:
+        """Has the first items copied, until one slot is free."""
+        for index in range(self.stages - 1):
+            self._start(jnp.int32(index))
+
+    def next(self, index: jax.Array) -> jax.Array:
+        """The slot of an item, which is there then. The slot of the one before is free, and the next copy goes into it."""
+        slot = self._slot(index)
+        # Items that may be on their way still.
+        later = self.stages - 2
+        if self.ready is not None:
+            ampere_steps.finish_copies(self.ready.at[slot])
+        elif later:
+            have_started = index + later < self.num_items
+            pl.when(have_started)(lambda: ampere_steps.finish_copies(in_flight=later * self.num_copies))
+            pl.when(~have_started)(ampere_steps.finish_copies)
+        else:
+            ampere_steps.finish_copies()
+        self._start(index + self.stages - 1)
+        return slot
+
+    def _slot(self, index: jax.Array) -> jax.Array:
+        return lax.rem(index, jnp.int32(self.stages))
+
+    def _start(self, index: jax.Array) -> None:
+        @pl.when(index < self.num_items)
+        def start_copies():
+            slot = self._slot(index)
+            self.copy(index, slot, None if self.ready is None else self.ready.at[slot])
+
+
+def memory(g: Geometry, stages: int, *, interpreted: bool) -> dict:
+    """Chunks of keys and values; in the interpreter, barriers that say when they are there."""
+    keys = lambda columns: steps.smem((stages, CHUNK_KEYS, columns), jnp.dtype(g.dtype), swizzle_of(g.piece_keys, columns))
     parts = dict(key=keys(g.key_columns), value=keys(g.value_columns))
     if interpreted:
-        parts["ready"] = plgpu.Barrier(num_arrivals=2 * g.blocks_per_chunk, num_barriers=STAGES)
+        parts["ready"] = plgpu.Barrier(num_arrivals=2 * g.blocks_per_chunk, num_barriers=stages)
     return parts
 
 
@@ -29,20 +108,19 @@ def swizzle_of(rows: int, columns: int) -> int:
     return 64 if rows // 8 * (columns // SWIZZLE_COLUMNS) % 4 else 128
 
 
-def start_chunk(g: Geometry, inputs, memory, batch, head, ids, spans, step, *, interpreted: bool) -> None:
-    """Has a chunk of the list copied, if there is such a one."""
+def chunks(g: Geometry, stages: int, inputs, memory, batch, head, ids, spans) -> Ring:
+    """The chunks of a query tile's list."""
     key, value = (steps.part_of(inputs[name], batch, head) for name in ("key", "value"))
 
-    @pl.when(step < spans[1] * g.chunks_per_block)
-    def copy_chunk():
-        slot = lax.rem(step, jnp.int32(STAGES))
-        ready = memory["ready"].at[slot] if interpreted else None
+    def copy_chunk(step, slot, ready):
         for i, piece in enumerate(steps.pieces_of(g, ids, None, spans[0], step)):
             place = pl.ds(i * g.piece_keys, g.piece_keys)
             # Instead of keys that do not exist, others, which no row sees there.
             keys = pl.ds(jnp.minimum(piece.first_key, g.padded_kv_len - g.piece_keys), g.piece_keys)
-            ampere_steps.start_copy(key.at[keys], memory["key"].at[slot, place], ready, interpreted=interpreted)
-            ampere_steps.start_copy(value.at[keys], memory["value"].at[slot, place], ready, interpreted=interpreted)
+            ampere_steps.start_copy(key.at[keys], memory["key"].at[slot, place], ready)
+            ampere_steps.start_copy(value.at[keys], memory["value"].at[slot, place], ready)
+
+    return Ring(stages, memory.get("ready"), spans[1] * g.chunks_per_block, 2 * g.blocks_per_chunk, copy_chunk)
 
 
 def with_margins(g: Geometry, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:

@@ -13,31 +13,30 @@ from sparse_attn_jax.implementations.mosaic.geometry import SWIZZLE_COLUMNS
 
 # Columns of an operand from registers: so many rows of the other operand are in registers with them.
 PART_COLUMNS = 16
-# No reduction leaves a warp, or needs memory: 80 KiB let two thread blocks run beside each other.
+# No reduction leaves a warp, or needs memory, of which there is none left beside a second thread block.
 COMPILER_PARAMS = plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0)
 
 
-def start_copy(src, dst, ready, *, interpreted: bool) -> None:
-    """Global to shared memory, in the background. All of it must be within bounds."""
-    if interpreted:
+def start_copy(src, dst, ready=None) -> None:
+    """Global to shared memory, in the background: all of it within bounds. `ready`: a barrier for it, in the interpreter."""
+    if ready is not None:
         plgpu.copy_gmem_to_smem(src, dst, ready)
     else:
         plgpu.copy_gmem_to_smem(src, dst, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
 
 
-def finish_copies(memory, ready: str, slot=None, *, interpreted: bool) -> None:
+def finish_copies(ready=None, *, in_flight: int = 0) -> None:
     """Until all copies that were started are there. What was read before may be overwritten after.
 
     Args:
-      memory: references to shared memory by name.
-      ready: the name of the barrier that they arrive at, in the interpreter.
-      slot: which of several barriers.
+      ready: the barrier that they arrive at, in the interpreter.
+      in_flight: copies, those started last, that need not be there.
     """
-    if interpreted:
-        plgpu.barrier_wait(memory[ready] if slot is None else memory[ready].at[slot])
+    if ready is not None:
+        plgpu.barrier_wait(ready)
         plgpu.commit_smem()
     else:
-        plgpu.wait_gmem_to_smem(0)
+        plgpu.wait_gmem_to_smem(in_flight)
 
 
 def to_operand(x: jax.Array, dtype, *, interpreted: bool) -> list[jax.Array]:

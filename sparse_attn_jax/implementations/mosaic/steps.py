@@ -36,9 +36,10 @@ MAX_SHARED_BYTES = 227 * 1024
 ALIGNMENT = 1024
 
 
-def shared_bytes(memory: dict) -> int:
-    """Bytes of shared memory, at most."""
-    total = ALIGNMENT + plgpu.CompilerParams().reduction_scratch_bytes  # of all barriers; of reductions, if there are any
+def shared_bytes(memory: dict, reduction_bytes: int = plgpu.CompilerParams().reduction_scratch_bytes) -> int:
+    """Bytes of shared memory, at most: not every kernel has reductions that need any."""
+    has_barriers = any(isinstance(x, plgpu.Barrier) for x in memory.values())
+    total = reduction_bytes + has_barriers * ALIGNMENT
     for x in memory.values():
         size = 0 if isinstance(x, plgpu.Barrier) else math.prod(x.shape) * jnp.dtype(x.dtype).itemsize
         total += num_blocks(size, ALIGNMENT) * ALIGNMENT
