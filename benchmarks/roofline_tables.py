@@ -105,6 +105,9 @@ if jax_compat.HAS_MOSAIC_GPU:
     FORWARD["forward Pallas"] = Kernel("Pallas", mosaic_schedules.forward, H100)
     BACKWARD["dQ Pallas"] = Kernel("Pallas dQ", mosaic_schedules.query_gradient, H100)
     BACKWARD["dK dV Pallas"] = Kernel("Pallas dK dV", mosaic_schedules.key_gradient, H100)
+    FORWARD["forward Pallas A100"] = Kernel("A100, Pallas", mosaic_schedules.ampere_forward_pass, A100)
+    BACKWARD["dQ Pallas A100"] = Kernel("A100, Pallas dQ", mosaic_schedules.ampere_query_gradient, A100)
+    BACKWARD["dK dV Pallas A100"] = Kernel("A100, Pallas dK dV", mosaic_schedules.ampere_key_gradient, A100)
     GOAL_MARKS[" Pallas"] = "Pallas"
 KERNELS = FORWARD | BACKWARD
 

@@ -38,12 +38,14 @@ class Schedule:
       warps: of a CTA, those that multiply.
       producer_warps: and those that only copy.
       unit_warps: warps that multiply together: 1 for mma, 4 for wgmma.
+      unit_rows: owned rows that they multiply; `None`: 16 for each warp.
       owned_arrays: arrays of which a CTA loads its own rows. (Of the walked side it is always two: keys and values, or queries
         and gradients of the output.)
       written_arrays: results with a row per owned row.
       writes_lse: and a float32 for each.
       shared_products: matrix products that read both sides from shared memory.
       register_products: those that have the owned side's factor in registers.
+      shared_rows: rows of head_dim that products read from shared memory in a step; `None`: as those two say.
       shared_bytes: of a CTA.
       registers: of a thread.
       instructions: `None`: not known, and then no limit.
@@ -64,11 +66,13 @@ class Schedule:
     warps: int
     producer_warps: int = 0
     unit_warps: int = 1
+    unit_rows: int | None = None
     owned_arrays: int
     written_arrays: int
     writes_lse: bool = False
     shared_products: int
     register_products: int
+    shared_rows: float | None = None
     shared_bytes: int
     registers: int
     instructions: "Instructions | None" = None
@@ -525,8 +529,10 @@ class Counts:
 
 def counts_of(schedule: Schedule, case: Case, work: Work) -> Counts:
     row_bytes = case.head_dim * ELEMENT_BYTES
-    unit_rows = WARP_ROWS * schedule.unit_warps
-    rows_per_step = schedule.shared_products * (unit_rows + schedule.step) + schedule.register_products * schedule.step
+    unit_rows = schedule.unit_rows or WARP_ROWS * schedule.unit_warps
+    rows_per_step = schedule.shared_rows
+    if rows_per_step is None:
+        rows_per_step = schedule.shared_products * (unit_rows + schedule.step) + schedule.register_products * schedule.step
     # Float32 sums have one element more, of the bias, if they are of keys or of both.
     has_table = schedule.owns == "keys" and schedule.unit_warps == 1  # or one that the model leaves out
     sum_bytes = (schedule.written_arrays * case.head_dim + (schedule.shared_products == 2)) * SUM_BYTES

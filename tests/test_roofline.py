@@ -14,7 +14,7 @@ import sparse_attn_jax as sa
 from benchmarks import roofline, roofline_tables, schedules
 from benchmarks.devices import A100, H100
 from benchmarks.metadata import counter_bytes, delta_bytes, metadata_bytes, sum_partials_bytes
-from benchmarks.prediction import predict
+from benchmarks.prediction import occupancy, predict
 from benchmarks.roofline_tables import INFLLM_V2, TOKEN_CASES
 from benchmarks.tile_lists import Lists, lists_of_case, lists_of_density, sample_lists, tiles_of, visible_pairs
 from benchmarks.workloads import count_pairs, sized_case
@@ -32,7 +32,11 @@ if jax_compat.HAS_MOSAIC_GPU:
     from benchmarks import mosaic_schedules
 
     PALLAS_SCHEDULES = mosaic_schedules.forward, mosaic_schedules.key_gradient, mosaic_schedules.query_gradient
-    PALLAS_WALKS = PALLAS_SCHEDULES[:2]
+    AMPERE_SCHEDULES = (
+        mosaic_schedules.ampere_forward_pass,
+        mosaic_schedules.ampere_key_gradient,
+        mosaic_schedules.ampere_query_gradient,
+    )
 
 DOCUMENT = (Path(__file__).absolute().parent.parent / "docs" / "performance.md").read_text()
 COUNTERS = ("global_loaded", "global_stored", "shared_loaded", "shared_stored", "matrix_instructions")
@@ -205,16 +209,27 @@ def test_threads_and_shared_memory_are_those_of_sm90(head_dim, kv_block_size, to
 
 
 @needs_mosaic
+@pytest.mark.parametrize("is_ampere", [False, True])
 @pytest.mark.parametrize("case, tokens", COUNTED_ON_SM90, ids=lambda x: getattr(x, "name", ""))
-def test_pallas_kernels_walk_what_plans_say(case, tokens):
+def test_pallas_kernels_walk_what_plans_say(case, tokens, is_ampere):
     lists, plan = lists_of_case(case), plan_of(case, make_inputs(case).selection, tokens)
-    g, forward, key = (make(case, tokens) for make in (mosaic_schedules.geometry_of, *PALLAS_WALKS))
+    g = mosaic_schedules.geometry_of(case, tokens)
+    forward, key, _ = (make(case, tokens) for make in (AMPERE_SCHEDULES if is_ampere else PALLAS_SCHEDULES))
     counts = np.broadcast_to(plan.counts, (case.batch, case.num_kv_heads, g.num_tiles))
     chunks = -(-counts // g.blocks_per_chunk) * g.chunks_per_block
     found = schedules.work_of(forward, lists)
     assert found.pieces == chunks.sum() * g.slices_per_tile * 64 // forward.rows
-    assert found.steps == chunks.sum() * g.slices_per_tile
+    assert found.steps * 16 * forward.unit_warps == chunks.sum() * g.slices_per_tile * 64
     assert schedules.work_of(key, lists).steps == counts.sum() * g.slices_per_tile * case.kv_block_size // key.keys
+
+
+def compiled_pallas_kernel(program: str, case: Case, name: str) -> tuple[int, int]:
+    """Its registers and bytes of shared memory."""
+    line = rf"{program}, head_dim {case.head_dim}, blocks of {case.kv_block_size} \| {name} \| (\d+) \| \d+ \| \d+ \| (\d+)"
+    return tuple(map(int, re.search(line, pallas_table.TABLE.read_text()).groups()))
+
+
+PALLAS_KERNELS = "attention_forward", "key_gradient", "query_gradient"
 
 
 @needs_mosaic
@@ -222,10 +237,41 @@ def test_pallas_kernels_walk_what_plans_say(case, tokens):
 def test_shared_memory_is_that_of_the_compiled_pallas_kernels(head_dim, kv_block_size):
     """Up to what aligns buffers and holds barriers."""
     case = dataclasses.replace(TOKEN_CASES["32k"], head_dim=head_dim, kv_block_size=kv_block_size)
-    for name, make in zip(("attention_forward", "key_gradient", "query_gradient"), PALLAS_SCHEDULES):
-        line = rf"attention, head_dim {head_dim}, blocks of {kv_block_size} \| {name} \| \d+ \| \d+ \| \d+ \| (\d+)"
-        compiled = int(re.search(line, pallas_table.TABLE.read_text())[1])
+    for name, make in zip(PALLAS_KERNELS, PALLAS_SCHEDULES):
+        _, compiled = compiled_pallas_kernel("attention", case, name)
         assert 0 <= make(case, 8).shared_bytes - compiled <= 4096, name
+
+
+@needs_mosaic
+@pytest.mark.parametrize("head_dim, kv_block_size", [(64, 64), (128, 16), (128, 64), (128, 128)])
+def test_pallas_kernels_for_ampere_are_those_that_are_compiled(head_dim, kv_block_size):
+    """As many thread blocks beside each other by their registers and shared memory."""
+    case = dataclasses.replace(TOKEN_CASES["32k"], head_dim=head_dim, kv_block_size=kv_block_size)
+    for name, make in zip(PALLAS_KERNELS, AMPERE_SCHEDULES):
+        registers, shared_bytes = compiled_pallas_kernel("attention on an A100", case, name)
+        schedule = make(case, 4)
+        assert schedule.shared_bytes == shared_bytes, name
+        compiled = dataclasses.replace(schedule, registers=-(-registers // 8) * 8)
+        assert occupancy(schedule, A100) == occupancy(compiled, A100) > 0, name
+
+
+@needs_mosaic
+def test_products_of_the_key_gradient_for_ampere():
+    """Two are of 64 rows and d columns, two of d and 64. Each of four warps reads a part of that, and all keys."""
+    case, work = TOKEN_CASES["32k"], schedules.Work(*[1.0] * 8)
+    schedule, d = mosaic_schedules.ampere_key_gradient(case, 4), case.head_dim
+    keys = schedule.keys
+    elements = 2 * (64 * d + 4 * d * keys) + 2 * (d * 64 + 4 * 64 * keys)
+    found = schedules.counts_of(schedule, case, work)
+    assert (keys, found.shared_loaded, found.flops) == (32, 2 * elements, 4 * 2 * 64 * keys * d)
+    assert found.exps == 64 * keys
+
+
+@needs_mosaic
+def test_pallas_kernels_that_do_not_fit_on_an_a100():
+    case = dataclasses.replace(TOKEN_CASES["32k"], head_dim=256)
+    found = [predict(make(case, 4), sample_lists(TOKEN_CASES["32k"], "random"), A100) for make in AMPERE_SCHEDULES]
+    assert [x is None for x in found] == [False, True, True]
 
 
 @pytest.mark.parametrize("name, tokens", [("group2_bf16", 3), ("q_block100", 32), ("hostile_ids", 1), ("duplicates", 4)])
