@@ -1,12 +1,16 @@
 """The mutation suite of the CUDA kernels (`tools/mutants`): which mutants its rules find, and what its report has to say."""
 
+import queue
 import re
 import subprocess
 import textwrap
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tools.mutants import report, rules
+from tools.mutants.__main__ import Session
 from tools.mutants.build import CSRC, FLAGS, LISTS, VARIANTS, mutated_sources, with_few_variants
 
 SOURCE = """
@@ -232,3 +236,17 @@ def test_survivors_in_the_committed_report_have_their_reasons():
 def test_source_whose_brackets_do_not_match(bad):
     with pytest.raises((ValueError, IndexError)):
         rules.find_mutants("bad.cuh", bad)
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "expected"),
+    [(["crash", "survived"], "survived"), (["crash", "crash"], "crash"), (["simulator", "survived"], "simulator")],
+)
+def test_crash_counts_if_a_new_process_crashes_too(verdicts, expected):
+    """A process that has run other mutants may have been harmed by them."""
+    left = iter(verdicts)
+    worker = SimpleNamespace(judge=lambda *order: dict(verdict=next(left)))
+    session = SimpleNamespace(idle=queue.SimpleQueue())
+    session.idle.put(worker)
+    assert Session.judge(session, Path("library.so"), 1, [])["verdict"] == expected
+    assert session.idle.get_nowait() is worker

@@ -202,7 +202,11 @@ class Session:
         worker = self.idle.get()
         start = time.monotonic()
         try:
-            return worker.judge(made, number, kernels) | dict(seconds=round(time.monotonic() - start, 1))
+            result = worker.judge(made, number, kernels)
+            if result["verdict"] == "crash":
+                # What another mutant has left in the process may have done it. This time it is a new one.
+                result = worker.judge(made, number, kernels)
+            return result | dict(seconds=round(time.monotonic() - start, 1))
         finally:
             self.idle.put(worker)
 
