@@ -340,6 +340,7 @@ MUTATIONS = (
     ("ampere_forward", "acc *= steps.over_columns(rescale, g.value_columns)", "pass"),
     ("ampere_forward", "jnp.where(steps.visible(g, rows, columns, pieces, g.piece_keys), logits, -jnp.inf)", "logits"),
     ("ampere_ring", "ampere_steps.finish_copies(self.ready.at[slot])", "None"),
+    ("ampere_ring", "self._start(index + self.stages - 1)", "self._start(index + self.stages - 2)"),
     ("ampere_ring", "g.padded_kv_len - g.piece_keys", "0"),
     ("ampere_ring", "piece.first_key + margin - i * g.piece_keys", "piece.first_key + margin"),
     ("ampere_steps", "plgpu.commit_smem()", "None"),
