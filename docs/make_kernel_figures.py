@@ -104,7 +104,7 @@ def draw_tile_walk() -> str:
         text(
             330,
             186,
-            "A chunk is fetched into the slot that both warpgroups have read. While one has its softmax, the other multiplies.",
+            "A chunk goes into the slot that both warpgroups have read. While one has its softmax, the other can multiply.",
         )
     ]
     return svg(690, 200, parts)

@@ -50,6 +50,13 @@ def lowering_compute_capability() -> str:
     return getattr(device, "compute_capability", "9.0")
 
 
+def cuda_version() -> int:
+    """Of JAX's plugin, whose assembler compiles Pallas kernels: 1000 x major + 10 x minor; 0 if there is none."""
+    from jax._src.lib import cuda_versions
+
+    return 0 if cuda_versions is None else cuda_versions.cuda_runtime_get_version()
+
+
 def interprets_kernels() -> bool:
     """Whether Pallas kernels run in JAX's interpreter of GPUs: inside `plgpu.force_gpu_interpret_mode`."""
     return jax_config.pallas_tpu_interpret_mode_context_manager.value is not None

@@ -1,7 +1,9 @@
 """The Pallas kernels in JAX's interpreter of GPUs, which finds races, against the oracle; and their lowering for a GPU."""
 
+import collections
 import dataclasses
 import functools
+import math
 import os
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import kernel_cases
 import mosaic_mutant
 import numpy as np
 import pytest
+from jax.extend.core import ClosedJaxpr, Jaxpr
 from kernel_cases import (
     FEW_BLOCKS,
     FEW_ROWS_WITH_WINDOW,
@@ -130,6 +133,28 @@ def test_long_lists_are_walked_in_parts(monkeypatch):
     compare.assert_results_match(results_of(inputs, plan), inputs)
 
 
+@interpreted
+@pytest.mark.parametrize("tile_size", [1, 8])
+def test_inverse_that_lacks_the_tiles_of_a_block(tile_size):
+    """Tiles that do not exist give the block's keys no gradient, and the others theirs."""
+    inputs = small_case("group2_bf16", q_len=10, num_q_heads=2, num_kv_heads=1, batch=1, has_key_bias=True)
+    plan = make_plan(inputs, tile_size)
+    assert (plan.membership is None) == (tile_size == 1)
+    tiles = np.array(plan.inverse_tiles)
+    for head in np.ndindex(tiles.shape[:-1]):
+        first, end = plan.inverse_offsets[head][:2]
+        assert end > first
+        tiles[head][first:end] = 2**31 - 1
+    expected = results_of(inputs, plan)
+    found = results_of(inputs, dataclasses.replace(plan, inverse_tiles=jnp.asarray(tiles)))
+    for name in ("d_key", "d_value"):
+        expected[name] = expected[name].copy()
+        expected[name][:, : plan.kv_block_size] = 0
+    expected["d_key_bias"] = expected["d_key_bias"].copy()
+    expected["d_key_bias"][..., : plan.kv_block_size] = 0
+    assert_same(found, expected)
+
+
 def runs_by_definition(is_full, ids, tiles, slots, parts) -> np.ndarray:
     """`prepare.full_runs` of one head. is_full, ids: [num_tiles, capacity]; tiles, slots: [entries]; parts: [num_parts, 4]."""
     exists = tiles < len(ids)
@@ -216,7 +241,93 @@ def test_vmap_folds_into_the_batch():
     assert_trees_equal(actual, expected)
 
 
-# --- without an interpreter: what is refused, and lowering ---
+# --- without an interpreter: what hardware asks for and the interpreter does not, what is refused, and lowering ---
+
+
+def alignment_of(ref) -> int:
+    """Of the first byte of a part of a buffer in shared memory, which itself starts at a multiple of 1,024."""
+    indexers = [transform for transform in getattr(ref, "transforms", ()) if hasattr(transform, "indices")]
+    shape = indexers[0].shape if indexers else ref.shape
+    strides = [math.prod(shape[i + 1 :]) * ref.dtype.itemsize for i in range(len(shape))]
+    alignment = 1024
+    for indexer in indexers:
+        for index, stride in zip(indexer.indices, strides, strict=True):
+            start = getattr(index, "start", index)
+            alignment = math.gcd(alignment, start * stride if isinstance(start, int) else stride)
+        strides = [stride for index, stride in zip(indexer.indices, strides, strict=True) if hasattr(index, "start")]
+    return alignment
+
+
+@needs_mosaic
+@pytest.mark.parametrize("kv_block_size", mosaic.KV_BLOCK_SIZES)
+def test_copies_write_to_addresses_that_they_may_write_to(kv_block_size, monkeypatch):
+    """PTX: cp.async.bulk.tensor writes to multiples of 128 bytes, cp.async.bulk to multiples of 16."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    copy, found = plgpu.copy_gmem_to_smem, set()
+
+    def look(src, dst, ready, **options):
+        kind = options.get("oob_mode", plgpu.OOBFillMode.ZEROS)
+        is_bulk = kind == plgpu.OOBFillMode.PROMISE_IN_BOUNDS
+        found.add((is_bulk, alignment_of(dst)))
+        return copy(src, dst, ready, **options)
+
+    monkeypatch.setattr(plgpu, "copy_gmem_to_smem", look)
+    lowered(small_case("everything", kv_block_size=kv_block_size))
+    assert {is_bulk for is_bulk, _ in found} == {False, True}
+    for is_bulk, alignment in found:
+        assert alignment % (16 if is_bulk else 128) == 0, (is_bulk, alignment)
+    assert kv_block_size > 16 or (True, 64) in found
+
+
+def equations_of(jaxpr, loops: int = 0):
+    """(equation, how many loops it is in) of a program and all that it calls."""
+    for equation in jaxpr.eqns:
+        yield equation, loops
+        inner = loops + (equation.primitive.name in ("while", "scan"))
+        for called in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: isinstance(x, (Jaxpr, ClosedJaxpr))):
+            if isinstance(called, (Jaxpr, ClosedJaxpr)):
+                yield from equations_of(getattr(called, "jaxpr", called), inner)
+
+
+def kernels_of(inputs: Inputs) -> dict:
+    """The jaxpr of each kernel of a training step, and the mesh that it runs on, by name."""
+    traced = kernel_cases.trace_for_hopper(scalar(inputs), inputs.operands, inputs.selection)
+    found = {}
+    for equation, _ in equations_of(traced.jaxpr.jaxpr):
+        params = equation.params
+        if equation.primitive.name == "mpmd_map":
+            ((found[params["name"]]),) = zip(params["jaxprs"], params["meshes"], strict=True)
+        elif equation.primitive.name == "core_map":  # JAX 0.11
+            found[params["name"]] = params["jaxpr"], params["mesh"]
+    assert len(found) > 2
+    return found
+
+
+@needs_mosaic
+def test_grids_have_one_dimension():
+    """The others have room for 65,535 thread blocks: a tile of 128 rows each, 131,072 tokens of 64 heads would be too many."""
+    for name, (_, mesh) in kernels_of(small_case("everything", q_len=70)).items():
+        assert len(mesh.grid) == 1, name
+
+
+@needs_mosaic
+def test_warpgroups_do_not_share_the_memory_of_a_sum():
+    """A sum over rows passes through memory that Pallas has once for a thread block: one warpgroup has it, after the loops."""
+    kernels = kernels_of(small_case("everything", q_len=70))
+    found = collections.Counter()
+    for name, (jaxpr, mesh) in kernels.items():
+        for equation, loops in equations_of(jaxpr):
+            if equation.primitive.name.startswith("reduce_") and 0 in equation.params["axes"] and mesh.num_threads > 1:
+                found[name, loops] += 1
+    assert found == {("key_gradient", 0): 1}
+
+
+@needs_mosaic
+def test_soft_cap_is_not_the_approximate_instruction():
+    """tanh.approx is right to 11 bits."""
+    for jaxpr, _ in kernels_of(small_case("soft_cap_bf16")).values():
+        assert not any(equation.primitive.name == "tanh" for equation, _ in equations_of(jaxpr))
 
 
 def lowered(inputs: Inputs) -> str:
@@ -284,6 +395,13 @@ def test_training_step_is_exported_and_loaded():
     assert [x.shape for x in loaded.out_avals[1:]] == [x.shape for x in jax.tree.leaves(inputs.operands)]
 
 
+ABLE = problem.Problem(
+    **dict(batch=1, q_len=64, kv_len=64, num_q_heads=4, num_kv_heads=2, head_dim=64, value_head_dim=64, scale=1.0),
+    **dict(q_block_size=1, kv_block_size=64, num_slots=1, selection_heads=2, dtype="bfloat16"),
+    **dict(platform="gpu", compute_capability="9.0"),
+)
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -299,16 +417,20 @@ def test_training_step_is_exported_and_loaded():
     ],
 )
 def test_reasons(changes, reason):
-    sizes = dict(batch=1, q_len=64, kv_len=64, num_q_heads=4, num_kv_heads=2, head_dim=64, value_head_dim=64)
-    lists = dict(q_block_size=1, kv_block_size=64, num_slots=1, selection_heads=2)
-    device = dict(platform="gpu", compute_capability="9.0")
-    able = problem.Problem(**sizes, **lists, **device, dtype="bfloat16", scale=1.0)
     if not jax_compat.HAS_MOSAIC_GPU:
-        assert any("JAX" in reason for reason in mosaic.supports(able))
+        assert any("JAX" in reason for reason in mosaic.supports(ABLE))
         return
-    assert mosaic.supports(able) == ()
-    (found,) = mosaic.supports(dataclasses.replace(able, **changes))
+    assert mosaic.supports(ABLE) == ()
+    (found,) = mosaic.supports(dataclasses.replace(ABLE, **changes))
     assert reason in found
+
+
+@needs_mosaic
+@pytest.mark.parametrize(("version", "is_able"), [(0, True), (12060, True), (12080, False), (12090, False), (13000, True)])
+def test_reason_of_an_assembler(version, is_able, monkeypatch):
+    monkeypatch.setattr(jax_compat, "cuda_version", lambda: version)
+    assert any("miscompiles masks" in reason for reason in mosaic.supports(ABLE)) != is_able
+    assert not any("miscompiles" in reason for reason in mosaic.supports(dataclasses.replace(ABLE, compute_capability="8.0")))
 
 
 # --- mutations: each breaks the kernels in one place, and the oracle or the search for races has to notice ---

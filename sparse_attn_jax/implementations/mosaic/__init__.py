@@ -28,6 +28,9 @@ MAX_HEAD_DIM = 256
 MAX_AMPERE_HEAD_DIM = 128
 # Of arrays that kernels index themselves, padded or with several words an element: offsets that may be of 32 bits.
 MAX_ELEMENTS = 2**29
+# Versions of CUDA whose assembler miscompiles masks between products of warpgroups, as JAX says of its own attention
+# (jax.experimental.pallas.ops.gpu.attention_mgpu): 12.8.0 up to 12.9.0.
+MISCOMPILED_BY = range(12080, 12091)
 # Rows of a query tile: each warpgroup of a thread block has 64, and there are two of them on Hopper.
 TILE_ROWS, AMPERE_TILE_ROWS = 128, 64
 
@@ -129,6 +132,10 @@ def _reasons_of_device(problem: Problem | ScoringProblem, capabilities: tuple[st
         reasons.append(f"platform is {problem.platform!r}; supported: 'gpu', and 'cpu' inside force_gpu_interpret_mode")
     if problem.platform == "gpu" and problem.compute_capability not in capabilities:
         reasons.append(f"compute capability is {problem.compute_capability}; supported: {', '.join(capabilities)}")
+    is_hopper = problem.platform == "gpu" and problem.compute_capability == HOPPER
+    if is_hopper and (version := jax_compat.cuda_version()) in MISCOMPILED_BY:
+        text = f"{version // 1000}.{version % 1000 // 10}"
+        reasons.append(f"JAX's CUDA is {text}, whose assembler miscompiles masks; supported: before 12.8, 12.9.1 and newer")
     if problem.dtype not in DTYPES:
         reasons.append(f"dtype is {problem.dtype}; supported: {', '.join(DTYPES)}")
     if problem.head_dim > max_head_dim:

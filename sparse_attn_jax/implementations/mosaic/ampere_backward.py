@@ -93,8 +93,7 @@ def differentiate_queries(g: Geometry, config: QueryGradientConfig, inputs: dict
     return plgpu.kernel(
         query_gradient,
         out_type=jax.ShapeDtypeStruct((g.batch, g.num_kv_heads, g.num_slices, SLICE_ROWS, g.key_columns), jnp.dtype(g.dtype)),
-        grid=(g.num_slices, g.num_kv_heads, g.batch),
-        grid_names=("item", "head", "batch"),
+        **steps.blocks_of_grid(g.num_slices, g.num_kv_heads, g.batch),
         scratch_types=dict(memory=query_memory_of(g, config)),
         compiler_params=ampere_steps.COMPILER_PARAMS,
     )(ampere_ring.with_margins(g, inputs))
@@ -110,8 +109,8 @@ def query_memory_of(g: Geometry, config: QueryGradientConfig) -> dict:
 
 
 def _query_kernel(g, config, inputs, d_query, memory):
-    batch, head = lax.axis_index("batch"), lax.axis_index("head")
-    item = g.num_slices - 1 - lax.axis_index("item")
+    place, head, batch = steps.place_of(g.num_kv_heads, g.batch)
+    item = g.num_slices - 1 - place
     ids, words, spans = steps.list_of(g, inputs, batch, head, item // g.slices_per_tile)
     chunks = ampere_ring.chunks(g, config.stages, inputs, memory, batch, head, ids, spans)
     multiply = functools.partial(ampere_steps.product, interpreted=config.interpreted)
@@ -158,8 +157,7 @@ def differentiate_keys(
     found = plgpu.kernel(
         key_gradient,
         out_type=attention_backward.key_results(g, config.keys, num_partials),
-        grid=(inputs["parts"].shape[2] * (g.kv_block_size // config.keys), g.num_kv_heads, g.batch),
-        grid_names=("item", "head", "batch"),
+        **steps.blocks_of_grid(inputs["parts"].shape[2] * (g.kv_block_size // config.keys), g.num_kv_heads, g.batch),
         scratch_types=dict(memory=key_memory_of(g, config)),
         compiler_params=KEY_PARAMS,
     )(inputs)
@@ -185,10 +183,10 @@ def key_memory_of(g: Geometry, config: KeyGradientConfig) -> dict:
 
 
 def _key_kernel(g, config, inputs, outputs, memory):
-    batch, head = lax.axis_index("batch"), lax.axis_index("head")
+    item, head, batch = steps.place_of(g.num_kv_heads, g.batch)
     keys, chunks = config.keys, g.kv_block_size // config.keys
-    chunk = lax.rem(lax.axis_index("item"), jnp.int32(chunks))
-    part = steps.part_of(inputs["parts"], batch, head).at[lax.axis_index("item") // chunks]
+    chunk = lax.rem(item, jnp.int32(chunks))
+    part = steps.part_of(inputs["parts"], batch, head).at[item // chunks]
     block, start, stop, place = (part[i] for i in range(4))
     tiles, entries = (steps.part_of(inputs[name], batch, head) for name in ("tiles", "entries"))
     first_key = block * g.kv_block_size + chunk * keys

@@ -10,7 +10,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparse_attn_jax import jax_compat
@@ -67,8 +66,7 @@ def attend_slices(g: Geometry, config: ForwardConfig, inputs: dict[str, jax.Arra
     results = plgpu.kernel(
         attention_forward,
         out_type=results_of(g),
-        grid=(g.num_slices, g.num_kv_heads, g.batch),
-        grid_names=("item", "head", "batch"),
+        **steps.blocks_of_grid(g.num_slices, g.num_kv_heads, g.batch),
         scratch_types=dict(memory=memory_of(g, config)),
         compiler_params=ampere_steps.COMPILER_PARAMS,
     )(ampere_ring.with_margins(g, inputs))
@@ -84,9 +82,9 @@ def memory_of(g: Geometry, config: ForwardConfig) -> dict:
 
 
 def _kernel(g, config, inputs, outputs, memory):
-    batch, head = lax.axis_index("batch"), lax.axis_index("head")
+    place, head, batch = steps.place_of(g.num_kv_heads, g.batch)
     # The last tiles are the longest under causality, and start first.
-    item = g.num_slices - 1 - lax.axis_index("item")
+    item = g.num_slices - 1 - place
     ids, words, spans = steps.list_of(g, inputs, batch, head, item // g.slices_per_tile)
     chunks = ampere_ring.chunks(g, config.stages, inputs, memory, batch, head, ids, spans)
     multiply = functools.partial(ampere_steps.product, interpreted=config.interpreted)

@@ -126,10 +126,8 @@ def chunks(g: Geometry, stages: int, inputs, memory, batch, head, ids, spans) ->
 def with_margins(g: Geometry, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """The inputs, with so much more at both ends of tables of keys that `load_of_keys` reads nothing beyond them."""
     margin = CHUNK_KEYS - g.piece_keys
-    # The columns have the block that does not exist already.
-    after = dict(bias=margin + g.kv_block_size, columns=margin)
-    pad = lambda x, end: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(margin, end)])
-    return inputs | {name: pad(inputs[name], end) for name, end in after.items() if name in inputs}
+    pad = lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(margin, margin)])
+    return inputs | {name: pad(inputs[name]) for name in ("bias", "columns") if name in inputs}
 
 
 def load_of_keys(g: Geometry, ref, pieces: list[steps.Piece]) -> jax.Array:

@@ -55,7 +55,7 @@ class KeyGradientConfig:
 
 def choose_query_config(g: Geometry, interpreted: bool = False) -> QueryGradientConfig:
     # Alone, a warpgroup has the registers that sums of more than 128 columns take.
-    warpgroups = 1 if g.key_columns > 128 else g.slices_per_tile % 2 or 2
+    warpgroups = 1 if g.key_columns > 128 or g.slices_per_tile % 2 else 2
     config = lambda stages: QueryGradientConfig(warpgroups, stages, interpreted)
     return steps.largest(config, range(1, 4), lambda config: query_memory_of(g, config))
 
@@ -168,8 +168,7 @@ def differentiate_queries(g: Geometry, config: QueryGradientConfig, inputs: dict
     return plgpu.kernel(
         query_gradient,
         out_type=jax.ShapeDtypeStruct((g.batch, g.num_kv_heads, g.num_slices, SLICE_ROWS, g.key_columns), jnp.dtype(g.dtype)),
-        grid=(g.num_slices // config.warpgroups, g.num_kv_heads, g.batch),
-        grid_names=("item", "head", "batch"),
+        **steps.blocks_of_grid(g.num_slices // config.warpgroups, g.num_kv_heads, g.batch),
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
         scratch_types=dict(memory=query_memory_of(g, config)),
@@ -192,9 +191,9 @@ def query_memory_of(g: Geometry, config: QueryGradientConfig) -> dict:
 
 
 def _query_kernel(g, config, inputs, d_query, memory):
-    batch, head = lax.axis_index("batch"), lax.axis_index("head")
+    place, head, batch = steps.place_of(g.num_kv_heads, g.batch)
     warpgroup = lax.axis_index("warpgroup")
-    item = g.num_slices // config.warpgroups - 1 - lax.axis_index("item")
+    item = g.num_slices // config.warpgroups - 1 - place
     tile = item // (g.slices_per_tile // config.warpgroups)
     ids, words, spans = steps.list_of(g, inputs, batch, head, tile)
 
@@ -272,8 +271,7 @@ def differentiate_keys(
     found = plgpu.kernel(
         key_gradient,
         out_type=key_results(g, config.keys, num_partials),
-        grid=(inputs["parts"].shape[2] * chunks, g.num_kv_heads, g.batch),
-        grid_names=("item", "head", "batch"),
+        **steps.blocks_of_grid(inputs["parts"].shape[2] * chunks, g.num_kv_heads, g.batch),
         num_threads=KEY_WARPGROUPS + 1,
         thread_name="warpgroup",
         scratch_types=dict(memory=key_memory_of(g, config)),
@@ -326,20 +324,18 @@ def key_memory_of(g: Geometry, config: KeyGradientConfig) -> dict:
         sums_ready=plgpu.Barrier(),
         sums_free=plgpu.Barrier(),
     )
-    if g.has_key_bias:
-        memory["bias_sums"] = plgpu.SMEM((config.keys,), jnp.float32)
     if g.column_names:
         memory["columns"] = plgpu.SMEM((len(g.column_names), config.keys), jnp.int32)
     return memory
 
 
 def _key_kernel(g, config, inputs, outputs, memory):
-    batch, head = lax.axis_index("batch"), lax.axis_index("head")
+    item, head, batch = steps.place_of(g.num_kv_heads, g.batch)
     warpgroup = lax.axis_index("warpgroup")
     chunks = g.kv_block_size // config.keys
-    chunk = lax.rem(lax.axis_index("item"), jnp.int32(chunks))
-    part = steps.part_of(inputs["parts"], batch, head).at[lax.axis_index("item") // chunks]
-    run = inputs["runs"].at[batch, head, lax.axis_index("item") // chunks]
+    chunk = lax.rem(item, jnp.int32(chunks))
+    part = steps.part_of(inputs["parts"], batch, head).at[item // chunks]
+    run = inputs["runs"].at[batch, head, item // chunks]
     block, start = part[0], part[1]
     # Loaded where they are needed: values that the warpgroups share stay in their registers.
     num_slices = lambda: (part[2] - start) * g.slices_per_tile
@@ -363,12 +359,14 @@ def _key_kernel(g, config, inputs, outputs, memory):
         def add_slice(is_full, i, sums):
             index = i * KEY_WARPGROUPS + warpgroup
             slot = lax.rem(index, jnp.int32(config.stages))
-            words = []
+            words, exists = [], np.True_
+            if not is_full:
+                exists = tiles[entry_of(index)] < g.num_tiles
             if g.has_membership and not is_full:
                 entry = steps.part_of(inputs["entries"], batch, head)[entry_of(index)]
                 of_entry = steps.part_of(inputs["entry_words"], batch, head).at[entry]
                 words = [of_entry[i] for i in range(g.num_words)]
-            piece = steps.Piece(np.True_, first_key, words)
+            piece = steps.Piece(exists, first_key, words)
 
             plgpu.barrier_wait(memory["slice_ready"].at[slot])
             own = {name: memory[name].at[slot] for name in OF_SLICE}
@@ -380,7 +378,7 @@ def _key_kernel(g, config, inputs, outputs, memory):
                     return matrices
                 columns = {name: steps.load_columns(memory["columns"].at[i]) for i, name in enumerate(g.column_names)}
                 rows = {name: steps.load_rows(own["rows"].at[i]) for i, name in enumerate(g.row_names)}
-                seen = steps.visible(g, rows, columns, [piece], config.keys)
+                seen = steps.visible(g, rows, columns, [piece], config.keys) & exists
                 return tuple(jnp.where(seen, x, 0.0) for x in matrices)
 
             bias = (lambda: steps.load_columns(memory["bias"])) if g.has_key_bias or not is_full else None
@@ -394,12 +392,12 @@ def _key_kernel(g, config, inputs, outputs, memory):
             plgpu.commit_smem()
             d_key = steps.add_product(sums["key"], query, weights, interpreted=config.interpreted)
             plgpu.barrier_arrive(memory["slice_free"].at[slot])
-            d_bias = dict(bias=sums["bias"] + d_logits.sum(axis=0)) if g.has_key_bias else {}
+            d_bias = dict(bias=sums["bias"] + d_logits) if g.has_key_bias else {}
             return dict(key=d_key, value=d_value) | d_bias
 
         sums = {name: steps.full_matrix((getattr(g, f"{name}_columns"), config.keys), 0.0) for name in ("key", "value")}
         if g.has_key_bias:
-            sums["bias"] = plgpu.layout_cast(jnp.zeros((config.keys,), jnp.float32), steps.COLUMN)
+            sums["bias"] = steps.full_matrix((SLICE_ROWS, config.keys), 0.0)
         # Of so many slices, those that are this warpgroup's.
         own_slices = lambda count: lax.div(count - warpgroup + KEY_WARPGROUPS - 1, jnp.int32(KEY_WARPGROUPS))
         num_full = own_slices(num_full_slices())
@@ -411,7 +409,9 @@ def _key_kernel(g, config, inputs, outputs, memory):
         for name in sums:
             places = ((batch, head, index * chunks + chunk) for index in (block, place))
             write = functools.partial(write_sums, outputs, name, place, *places)
-            _add_sums(memory, warpgroup, sums[name], write)
+            # The sum over rows passes through memory of which a thread block has one: one warpgroup sums, at the end.
+            finish = (lambda total, write=write: write(total.sum(axis=0))) if name == "bias" else write
+            _add_sums(memory, warpgroup, sums[name], finish)
 
     @pl.when(warpgroup == KEY_WARPGROUPS)
     def fetch():
@@ -426,7 +426,8 @@ def _key_kernel(g, config, inputs, outputs, memory):
         @pl.loop(0, num_slices())
         def fetch_slice(index):
             slot = lax.rem(index, jnp.int32(config.stages))
-            slice_index = tiles[entry_of(index)] * g.slices_per_tile + lax.rem(index, jnp.int32(g.slices_per_tile))
+            tile = jnp.minimum(tiles[entry_of(index)], g.num_tiles - 1)
+            slice_index = tile * g.slices_per_tile + lax.rem(index, jnp.int32(g.slices_per_tile))
 
             ring.wait_for_room(memory["slice_free"].at[slot], index, config.stages)
             for name in OF_SLICE:
@@ -436,7 +437,7 @@ def _key_kernel(g, config, inputs, outputs, memory):
 
 def _add_sums(memory, warpgroup, own, then) -> None:
     """The second warpgroup gives its sums to the first, which calls `then` with the total."""
-    shared = memory["sums"].at[pl.ds(0, own.shape[0])] if own.ndim == 2 else memory["bias_sums"]
+    shared = memory["sums"].at[pl.ds(0, own.shape[0])]
 
     @pl.when(warpgroup == 1)
     def give():
@@ -447,7 +448,7 @@ def _add_sums(memory, warpgroup, own, then) -> None:
     @pl.when(warpgroup == 0)
     def take():
         plgpu.barrier_wait(memory["sums_ready"])
-        total = own + (steps.load_matrix(shared) if own.ndim == 2 else steps.load_columns(shared))
+        total = own + steps.load_matrix(shared)
         plgpu.barrier_arrive(memory["sums_free"])
         then(total)
 
@@ -464,7 +465,7 @@ def sum_partials(g: Geometry, partials: jax.Array, ranges: jax.Array) -> jax.Arr
     chunks = g.kv_block_size // keys
 
     def sum_parts(partials, ranges, total):
-        batch, head, item = (lax.axis_index(name) for name in ("batch", "head", "item"))
+        item, head, batch = steps.place_of(g.num_kv_heads, g.batch)
         own = steps.part_of(ranges, batch, head).at[item // chunks]
         first, count = own[0], own[1]
         load = steps.load_matrix if len(shape) == 2 else steps.load_columns
@@ -478,6 +479,5 @@ def sum_partials(g: Geometry, partials: jax.Array, ranges: jax.Array) -> jax.Arr
     return plgpu.kernel(
         sum_parts,
         out_type=jax.ShapeDtypeStruct((g.batch, g.num_kv_heads, g.num_kv_blocks * chunks, *shape), jnp.float32),
-        grid=(g.num_kv_blocks * chunks, g.num_kv_heads, g.batch),
-        grid_names=("item", "head", "batch"),
+        **steps.blocks_of_grid(g.num_kv_blocks * chunks, g.num_kv_heads, g.batch),
     )(partials, ranges)

@@ -1,6 +1,7 @@
 """Block-sparse flash attention, forward, as a Pallas kernel for Hopper.
 
-The structure is FlashAttention-3's: one warpgroup brings keys and values into a ring in shared memory, the others multiply.
+From FlashAttention-3 it has the split of warpgroups: one brings keys and values into a ring in shared memory, the others
+multiply. One's softmax may run beside the other's products; nothing orders them, and each waits for its own products.
 """
 
 import dataclasses
@@ -36,7 +37,7 @@ class ForwardConfig:
 
 
 def choose_config(g: Geometry, interpreted: bool = False) -> ForwardConfig:
-    config = lambda stages: ForwardConfig(g.slices_per_tile % 2 or 2, stages, interpreted)
+    config = lambda stages: ForwardConfig(1 if g.slices_per_tile % 2 else 2, stages, interpreted)
     return steps.largest(config, range(1, 4), lambda config: memory_of(g, config))
 
 
@@ -84,8 +85,7 @@ def attend_slices(g: Geometry, config: ForwardConfig, inputs: dict[str, jax.Arra
     results = plgpu.kernel(
         attention_forward,
         out_type=results_of(g),
-        grid=(g.num_slices // config.warpgroups, g.num_kv_heads, g.batch),
-        grid_names=("item", "head", "batch"),
+        **steps.blocks_of_grid(g.num_slices // config.warpgroups, g.num_kv_heads, g.batch),
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
         scratch_types=dict(memory=memory_of(g, config)),
@@ -112,10 +112,10 @@ def memory_of(g: Geometry, config: ForwardConfig) -> dict:
 
 
 def _kernel(g, config, inputs, outputs, memory):
-    batch, head = lax.axis_index("batch"), lax.axis_index("head")
+    place, head, batch = steps.place_of(g.num_kv_heads, g.batch)
     warpgroup = lax.axis_index("warpgroup")
     # The last tiles are the longest under causality, and start first.
-    item = g.num_slices // config.warpgroups - 1 - lax.axis_index("item")
+    item = g.num_slices // config.warpgroups - 1 - place
     tile = item // (g.slices_per_tile // config.warpgroups)
     ids, words, spans = steps.list_of(g, inputs, batch, head, tile)
 
@@ -141,13 +141,14 @@ def _kernel(g, config, inputs, outputs, memory):
             plgpu.barrier_wait(memory["key_ready"].at[slot])
             scores = steps.product(own["query"], memory["key"].at[slot].transpose((1, 0)), (SLICE_ROWS, CHUNK_KEYS))
             logits, _ = steps.logits_of(g, scores)
-            if g.has_key_bias or not is_full:
+            reads_tables = g.has_key_bias or not is_full
+            if reads_tables:  # the bias is NaN for keys that have something that is no number, even where it is no option
                 logits += steps.over_rows(steps.load_columns(memory["bias"].at[slot]))
             if not is_full:
                 columns = {name: steps.load_columns(memory["columns"].at[slot, i]) for i, name in enumerate(g.column_names)}
                 logits = jnp.where(steps.visible(g, rows, columns, pieces, g.piece_keys), logits, -jnp.inf)
-            if g.has_key_bias or not is_full:
-                plgpu.commit_smem()  # what was loaded is not to be overwritten by a copy before
+            if reads_tables:
+                plgpu.commit_smem()  # the copy that overwrites what was loaded comes after
             plgpu.barrier_arrive(memory["key_free"].at[slot])
 
             new_max = jnp.maximum(row_max, logits.max(axis=1))

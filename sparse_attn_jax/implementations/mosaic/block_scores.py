@@ -62,8 +62,7 @@ def score_tiles(g: ScoringGeometry, config: ScoringConfig, inputs: dict[str, jax
     return plgpu.kernel(
         block_scores,
         out_type=jax.ShapeDtypeStruct((g.batch, g.num_lists, g.num_block_groups * STEP_UNITS, tokens), jnp.float32),
-        grid=(num_items, g.num_lists, g.batch),
-        grid_names=("item", "list", "batch"),
+        **steps.blocks_of_grid(num_items, g.num_lists, g.batch),
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
         scratch_types=dict(memory=_memory(g, config)),
@@ -88,9 +87,10 @@ def _memory(g: ScoringGeometry, config: ScoringConfig) -> dict:
 
 
 def _kernel(g, config, inputs, scores, memory):
-    batch, list_index, warpgroup = (lax.axis_index(name) for name in ("batch", "list", "warpgroup"))
+    place, list_index, batch = steps.place_of(g.num_lists, g.batch)
+    warpgroup = lax.axis_index("warpgroup")
     # The last queries see most, and start first.
-    item = inputs["walks"].shape[1] - 1 - lax.axis_index("item")
+    item = inputs["walks"].shape[1] - 1 - place
     first_step, end_step, num_groups = (steps.part_of(inputs["walks"], batch).at[item][i] for i in range(3))
     num_denominators = end_step - first_step
 
@@ -152,7 +152,7 @@ def _store_lse(g, config, memory, own, num_denominators):
             shift = jnp.where(new_max == -jnp.inf, 0.0, new_max)
             weights = jnp.exp2(logits - steps.over_columns(shift, STEP_UNITS))
             totals.append((new_max, row_sum * jnp.exp2(row_max - shift) + weights.sum(axis=1)))
-        plgpu.commit_smem()  # what was loaded is not to be overwritten by a copy before
+        plgpu.commit_smem()  # the copy that overwrites what was loaded comes after
         plgpu.barrier_arrive(memory["free"].at[slot])
         return totals
 
@@ -187,7 +187,7 @@ def _pool_step(g, config, memory, own, position, i, pooled):
     else:
         weight = _over_columns(memory["table"].at[slot, SHARED], g.tile_tokens).astype(jnp.float32) * (1 / g.kernel_stride)
         result = jnp.where(is_seen, jnp.where(pooled == -jnp.inf, 0.0, pooled) + score * weight, pooled)
-    plgpu.commit_smem()  # what was loaded is not to be overwritten by a copy before
+    plgpu.commit_smem()  # the copy that overwrites what was loaded comes after
     plgpu.barrier_arrive(memory["free"].at[slot])
     return result
 

@@ -9,7 +9,7 @@ from sparse_attn_jax.selection import num_blocks
 SLICE_ROWS = 64
 # Columns of shared memory that one swizzle of 128 bytes spans, of 16-bit values.
 SWIZZLE_COLUMNS = 64
-# Keys of one step of the loops over a query tile's list: products take no fewer.
+# Keys of one step of the loops over a query tile's list: as many as values of weights that the swizzle spans.
 CHUNK_KEYS = 64
 
 

@@ -45,15 +45,14 @@ def kth_largest(rank: jax.Array, count: jax.Array) -> jax.Array:
     found = plgpu.kernel(
         kth_largest,
         out_type=jax.ShapeDtypeStruct(counts.shape, jnp.int32),
-        grid=(counts.shape[2] // COLUMNS, heads, batch),
-        grid_names=("columns", "head", "batch"),
+        **steps.blocks_of_grid(counts.shape[2] // COLUMNS, heads, batch),
     )(ranks, counts)
     return lax.bitcast_convert_type(found[:, :, None, :queries], jnp.uint32)
 
 
 def _kernel(rows, ranks, counts, found):
-    batch, head = lax.axis_index("batch"), lax.axis_index("head")
-    columns = pl.ds(lax.axis_index("columns") * COLUMNS, COLUMNS)
+    item, head, batch = steps.place_of(ranks.shape[1], ranks.shape[0])
+    columns = pl.ds(item * COLUMNS, COLUMNS)
     count = steps.load_columns(counts.at[batch, head, columns])
     matrix = lambda x: lax.broadcast_in_dim(x, (rows, COLUMNS), [1])
     num_pieces = ranks.shape[2] // rows

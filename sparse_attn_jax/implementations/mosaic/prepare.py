@@ -66,9 +66,10 @@ def kernel_inputs(
     key, value = (jnp.where(jnp.isfinite(a[name]), a[name], 0) for name in ("key", "value"))
     bias = jnp.zeros(bad_keys.shape, jnp.float32) if a["key_bias"] is None else a["key_bias"]
     bad = bad_keys | (bad_values & ~jnp.isneginf(bias))
-    pad = lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, g.padded_kv_len - g.kv_len)])
-    bad_blocks = pad(bad).reshape(*bad.shape[:2], g.num_kv_blocks, g.kv_block_size).any(-1)
-    # Ids that name no block become one beyond the last, of which copies bring zeros.
+    absent = g.padded_kv_len - g.kv_len
+    pad = lambda x, absent: jnp.pad(x, [(0, 0), (0, 0), (0, absent)])
+    bad_blocks = pad(bad, absent).reshape(*bad.shape[:2], g.num_kv_blocks, g.kv_block_size).any(-1)
+    # Ids that name no block become one beyond the last: copies of its keys bring zeros, and tables have an entry for each.
     ids = jnp.where((a["blocks"] < 0) | (a["blocks"] > g.num_kv_blocks), g.num_kv_blocks, a["blocks"])
     counts = jnp.clip(a["counts"], 0, ids.shape[-1])
     rows = layout.row_tables(
@@ -81,7 +82,7 @@ def kernel_inputs(
         query=layout.to_slices(g, layout.pad_columns(a["query"], g.key_columns)),
         key=layout.by_head(g, key, g.key_columns),
         value=layout.by_head(g, value, g.value_columns),
-        bias=pad(jnp.where(bad, jnp.nan, bias)) * jnp.float32(LOG2_E),
+        bias=pad(jnp.where(bad, jnp.nan, bias), absent + g.kv_block_size) * jnp.float32(LOG2_E),
         rows=rows,
         columns=columns,
         ids=ids,
@@ -142,7 +143,7 @@ def inverse_inputs(g: Geometry, offsets, tiles, slots, first_parts, first_partia
     start, stop, place = jnp.where(exists, start, 0), jnp.where(exists, stop, 0), jnp.where(exists, place, UNUSED)
     num_sums = jnp.where(num_parts > 1, num_parts, 0)
     first_partials = jnp.clip(first_partials, 0, num_partials - num_sums)
-    # Entries that do not exist become a tile beyond the last, of which copies bring zeros.
+    # Entries that do not exist become a tile beyond the last: kernels read another in its place, and hide all of it.
     tiles = jnp.where((tiles < 0) | (slots < 0) | (slots >= capacity), g.num_tiles, jnp.minimum(tiles, g.num_tiles))
     entries = jnp.minimum(tiles, g.num_tiles - 1) * capacity + jnp.clip(slots, 0, capacity - 1)
     return dict(

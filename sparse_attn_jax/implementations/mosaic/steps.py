@@ -59,14 +59,32 @@ def largest(make: Callable[[int], Config], sizes: Sequence[int], memory_of: Call
     raise ValueError(f"{make(sizes[0])} needs {needed} bytes of shared memory; a thread block may have {MAX_SHARED_BYTES}.")
 
 
+def blocks_of_grid(items: int, heads: int, batch: int) -> dict:
+    """Arguments of `plgpu.kernel`: a thread block for each item of each head and batch row; see `place_of`.
+
+    They have one dimension, which is the only one with room for more than 65,535.
+    """
+    return dict(grid=(items * heads * batch,), grid_names=("block",))
+
+
+def place_of(heads: int, batch: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Item, head and batch row of a thread block; those of all heads and rows start before those of the next item."""
+    block = lax.axis_index("block")
+    of_item = lax.rem(block, jnp.int32(heads * batch))
+    return lax.div(block, jnp.int32(heads * batch)), lax.div(of_item, jnp.int32(batch)), lax.rem(of_item, jnp.int32(batch))
+
+
 def take_registers(warpgroups: int) -> None:
-    """Of a warpgroup that computes, of so many: those that the one that copies gives. A lone one has all that there are."""
+    """Of a warpgroup that computes, of so many: with those that the one that copies gives. A lone one has all that there are.
+
+    Three warpgroups start with 168 registers a thread each, as many as 2 x 240 + 24.
+    """
     if warpgroups == 2:
         plgpu.set_max_registers(240, action="increase")
 
 
 def give_registers(warpgroups: int) -> None:
-    """Of the warpgroup that copies."""
+    """Of the warpgroup that copies: those that the others take."""
     if warpgroups == 2:
         plgpu.set_max_registers(24, action="decrease")
 
@@ -122,7 +140,8 @@ def logits_of(g: Geometry, scores: jax.Array) -> tuple[jax.Array, jax.Array | fl
     """Scaled and capped scores, in units of log 2, before bias and mask; and the slope of the cap."""
     if not g.logits_soft_cap:
         return scores * (g.scale * LOG2_E), 1.0
-    share = jnp.tanh(scores * (g.scale / g.logits_soft_cap))
+    # The hyperbolic tangent. The instruction for it, which `jnp.tanh` would become, is right to 11 bits only.
+    share = 1.0 - 2.0 / (jnp.exp2(scores * (2 * LOG2_E * g.scale / g.logits_soft_cap)) + 1.0)
     return share * (g.logits_soft_cap * LOG2_E), 1.0 - share * share
 
 
@@ -236,7 +255,7 @@ def part_of(ref, batch, head=None):
 
 def over_chunks(g: Geometry, spans, body, carry):
     """Runs `body(is_full, step, carry)` for every chunk of a list: with masks, without where all rows see all, and with."""
-    groups, first, end = (spans[i] * g.chunks_per_block for i in range(1, 4))
-    for start, stop, is_full in ((0, first, False), (first, end, True), (end, groups, False)):
+    chunks, first, end = (spans[i] * g.chunks_per_block for i in range(1, 4))
+    for start, stop, is_full in ((0, first, False), (first, end, True), (end, chunks, False)):
         carry = lax.fori_loop(start, stop, functools.partial(body, is_full), carry)
     return carry
