@@ -43,6 +43,8 @@ interpreted = pytest.mark.usefixtures("mosaic_on_cpu")
 
 
 attend_with = functools.partial(kernel_cases.attend_with, "mosaic")
+# Heads are alike: where a case is not about them, the interpreter has those of one KV head.
+ONE_GROUP = dict(num_q_heads=2, num_kv_heads=1)
 
 
 def results_of(inputs: Inputs, plan: sa.TilePlan | None = None) -> compare.Results:
@@ -84,20 +86,20 @@ def test_sizes_with_all_tables(head_dim, kv_block_size):
 @interpreted
 @pytest.mark.parametrize(("operand", "value"), [("key", np.nan), ("value", np.inf)])
 def test_bad_numbers_in_keys_that_no_query_sees(operand, value):
-    inputs = with_hidden_keys(small_case("odd_prefix"))
+    inputs = with_hidden_keys(small_case("odd_prefix", **ONE_GROUP))
     assert_same(results_of(with_bad_numbers(inputs, operand, value)), results_of(inputs))
 
 
 @interpreted
 @pytest.mark.parametrize("options", [FEW_BLOCKS, FEW_ROWS_WITH_WINDOW], ids=["few blocks", "beside the window"])
 def test_bad_numbers_in_keys_that_other_rows_would_see(options):
-    inputs = small_case("odd_prefix", **options)
+    inputs = small_case("odd_prefix", **ONE_GROUP, **options)
     assert_same(results_of(with_bad_numbers(inputs, "value", np.nan)), results_of(inputs))
 
 
 @interpreted
 def test_bad_numbers_in_values_that_a_bias_hides():
-    inputs = with_keys_hidden_by_bias(small_case("odd_prefix", has_key_bias=True, logits_soft_cap=2.0))
+    inputs = with_keys_hidden_by_bias(small_case("odd_prefix", **ONE_GROUP, has_key_bias=True, logits_soft_cap=2.0))
     assert_same(results_of(with_bad_numbers(inputs, "value", np.nan)), results_of(inputs))
 
 
@@ -117,7 +119,7 @@ def test_bad_number_in_a_key_that_queries_see_reaches_them(operand, name):
 @interpreted
 @pytest.mark.parametrize("bad_id", [-(2**31), 6])
 def test_plan_that_names_blocks_that_do_not_exist(bad_id):
-    inputs = small_case("group2_bf16", q_len=24)
+    inputs = small_case("group2_bf16", **ONE_GROUP, q_len=24)
     plan = make_plan(inputs)
     assert plan.kv_len == 6 * plan.kv_block_size
     assert_same(results_of(inputs, with_blocks_that_do_not_exist(plan, bad_id)), results_of(inputs, plan))
@@ -125,7 +127,7 @@ def test_plan_that_names_blocks_that_do_not_exist(bad_id):
 
 @interpreted
 def test_long_lists_are_walked_in_parts(monkeypatch):
-    inputs = small_case("group2_bf16", q_len=40, has_key_bias=True)
+    inputs = small_case("group2_bf16", **ONE_GROUP, q_len=40, has_key_bias=True)
     split(monkeypatch, entries=1)
     plan = make_plan(inputs, tile_size=8)
     num_parts = np.diff(splitting.split_lists(plan).first, axis=-1)
@@ -137,7 +139,7 @@ def test_long_lists_are_walked_in_parts(monkeypatch):
 @pytest.mark.parametrize("tile_size", [1, 8])
 def test_inverse_that_lacks_the_tiles_of_a_block(tile_size):
     """Tiles that do not exist give the block's keys no gradient, and the others theirs."""
-    inputs = small_case("group2_bf16", q_len=10, num_q_heads=2, num_kv_heads=1, batch=1, has_key_bias=True)
+    inputs = small_case("group2_bf16", **ONE_GROUP, q_len=10, has_key_bias=True)
     plan = make_plan(inputs, tile_size)
     assert (plan.membership is None) == (tile_size == 1)
     tiles = np.array(plan.inverse_tiles)
@@ -305,10 +307,12 @@ def kernels_of(inputs: Inputs) -> dict:
 
 
 @needs_mosaic
-def test_grids_have_one_dimension():
-    """The others have room for 65,535 thread blocks: a tile of 128 rows each, 131,072 tokens of 64 heads would be too many."""
-    for name, (_, mesh) in kernels_of(small_case("everything", q_len=70)).items():
-        assert len(mesh.grid) == 1, name
+def test_grids_are_long_where_they_may_be():
+    """CUDA's first dimension is the last here. Others have room for 65,535: tiles of 131,072 tokens of 64 heads are more."""
+    inputs = small_case("everything", q_len=70)
+    (batch, _, _, _), num_kv_heads = inputs.operands["query"].shape, inputs.operands["key"].shape[2]
+    for name, (_, mesh) in kernels_of(inputs).items():
+        assert mesh.grid[:-1] == (batch, num_kv_heads), name
 
 
 @needs_mosaic
@@ -411,6 +415,7 @@ ABLE = problem.Problem(
         (dict(predicate="Strided"), "predicate, Strided"),
         (dict(platform="tpu"), "platform is 'tpu'"),
         (dict(compute_capability="7.5"), "compute capability is 7.5; supported: 8.0, 9.0"),
+        (dict(batch=2**16), "batch is 65536; supported: at most 65535"),
         (dict(q_len=0), "empty"),
         (dict(kv_len=2**23), "there are 1073741824 elements of keys or values; supported: at most 536870912"),
         (dict(q_len=2**20, num_slots=512), "there are 1073741824 slots of the selection; supported: at most 536870912"),

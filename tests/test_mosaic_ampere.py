@@ -29,6 +29,7 @@ from sparse_attn_jax.testing.inputs import Inputs
 needs_ampere = pytest.mark.skipif(not jax_compat.HAS_MOSAIC_GPU_FOR_AMPERE, reason="needs JAX 0.11.2 or newer")
 
 attend_with = functools.partial(kernel_cases.attend_with, "mosaic")
+ONE_GROUP = dict(num_q_heads=2, num_kv_heads=1)
 
 
 @pytest.fixture
@@ -65,20 +66,20 @@ def test_tiles_of_any_size(tile_size, kv_block_size, kernels):
 
 @pytest.mark.parametrize(("operand", "value"), [("key", np.nan), ("value", np.inf)])
 def test_bad_numbers_in_keys_that_no_query_sees(operand, value, kernels):
-    inputs = with_hidden_keys(small_case("odd_prefix", q_len=40))
+    inputs = with_hidden_keys(small_case("odd_prefix", **ONE_GROUP, q_len=40))
     assert_same(results_of(with_bad_numbers(inputs, operand, value)), results_of(inputs))
 
 
 @pytest.mark.parametrize("bad_id", [-(2**31), 6])
 def test_plan_that_names_blocks_that_do_not_exist(bad_id, kernels):
-    inputs = small_case("group2_bf16", q_len=24)
+    inputs = small_case("group2_bf16", **ONE_GROUP, q_len=24)
     plan = make_plan(inputs)
     assert plan.kv_len == 6 * plan.kv_block_size
     assert_same(results_of(inputs, with_blocks_that_do_not_exist(plan, bad_id)), results_of(inputs, plan))
 
 
 def test_long_lists_are_walked_in_parts(monkeypatch, kernels):
-    inputs = small_case("group2_bf16", q_len=40, has_key_bias=True)
+    inputs = small_case("group2_bf16", **ONE_GROUP, q_len=40, has_key_bias=True)
     split(monkeypatch, entries=1)
     plan = make_plan(inputs, tile_size=8)
     assert np.diff(splitting.split_lists(plan).first, axis=-1).max() > 2

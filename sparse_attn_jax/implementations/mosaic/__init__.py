@@ -28,6 +28,8 @@ MAX_HEAD_DIM = 256
 MAX_AMPERE_HEAD_DIM = 128
 # Of arrays that kernels index themselves, padded or with several words an element: offsets that may be of 32 bits.
 MAX_ELEMENTS = 2**29
+# Of the second and third dimension of a CUDA grid.
+MAX_GRID = 65535
 # Versions of CUDA whose assembler miscompiles masks between products of warpgroups, as JAX says of its own attention
 # (jax.experimental.pallas.ops.gpu.attention_mgpu): 12.8.0 up to 12.9.0.
 MISCOMPILED_BY = range(12080, 12091)
@@ -138,6 +140,9 @@ def _reasons_of_device(problem: Problem | ScoringProblem, capabilities: tuple[st
         reasons.append(f"JAX's CUDA is {text}, whose assembler miscompiles masks; supported: before 12.8, 12.9.1 and newer")
     if problem.dtype not in DTYPES:
         reasons.append(f"dtype is {problem.dtype}; supported: {', '.join(DTYPES)}")
+    for name in ("batch", "num_q_heads"):
+        if getattr(problem, name) > MAX_GRID:
+            reasons.append(f"{name} is {getattr(problem, name)}; supported: at most {MAX_GRID}")
     if problem.head_dim > max_head_dim:
         reasons.append(f"head_dim is {problem.head_dim}; supported: at most {max_head_dim}")
     return reasons

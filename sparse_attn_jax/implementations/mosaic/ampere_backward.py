@@ -93,7 +93,7 @@ def differentiate_queries(g: Geometry, config: QueryGradientConfig, inputs: dict
     return plgpu.kernel(
         query_gradient,
         out_type=jax.ShapeDtypeStruct((g.batch, g.num_kv_heads, g.num_slices, SLICE_ROWS, g.key_columns), jnp.dtype(g.dtype)),
-        **steps.blocks_of_grid(g.num_slices, g.num_kv_heads, g.batch),
+        **steps.blocks_of_grid(g.batch, g.num_kv_heads, g.num_slices),
         scratch_types=dict(memory=query_memory_of(g, config)),
         compiler_params=ampere_steps.COMPILER_PARAMS,
     )(ampere_ring.with_margins(g, inputs))
@@ -109,7 +109,7 @@ def query_memory_of(g: Geometry, config: QueryGradientConfig) -> dict:
 
 
 def _query_kernel(g, config, inputs, d_query, memory):
-    place, head, batch = steps.place_of(g.num_kv_heads, g.batch)
+    batch, head, place = steps.place_of()
     item = g.num_slices - 1 - place
     ids, words, spans = steps.list_of(g, inputs, batch, head, item // g.slices_per_tile)
     chunks = ampere_ring.chunks(g, config.stages, inputs, memory, batch, head, ids, spans)
@@ -157,7 +157,7 @@ def differentiate_keys(
     found = plgpu.kernel(
         key_gradient,
         out_type=attention_backward.key_results(g, config.keys, num_partials),
-        **steps.blocks_of_grid(inputs["parts"].shape[2] * (g.kv_block_size // config.keys), g.num_kv_heads, g.batch),
+        **steps.blocks_of_grid(g.batch, g.num_kv_heads, inputs["parts"].shape[2] * (g.kv_block_size // config.keys)),
         scratch_types=dict(memory=key_memory_of(g, config)),
         compiler_params=KEY_PARAMS,
     )(inputs)
@@ -183,7 +183,7 @@ def key_memory_of(g: Geometry, config: KeyGradientConfig) -> dict:
 
 
 def _key_kernel(g, config, inputs, outputs, memory):
-    item, head, batch = steps.place_of(g.num_kv_heads, g.batch)
+    batch, head, item = steps.place_of()
     keys, chunks = config.keys, g.kv_block_size // config.keys
     chunk = lax.rem(item, jnp.int32(chunks))
     part = steps.part_of(inputs["parts"], batch, head).at[item // chunks]

@@ -66,7 +66,7 @@ def attend_slices(g: Geometry, config: ForwardConfig, inputs: dict[str, jax.Arra
     results = plgpu.kernel(
         attention_forward,
         out_type=results_of(g),
-        **steps.blocks_of_grid(g.num_slices, g.num_kv_heads, g.batch),
+        **steps.blocks_of_grid(g.batch, g.num_kv_heads, g.num_slices),
         scratch_types=dict(memory=memory_of(g, config)),
         compiler_params=ampere_steps.COMPILER_PARAMS,
     )(ampere_ring.with_margins(g, inputs))
@@ -82,7 +82,7 @@ def memory_of(g: Geometry, config: ForwardConfig) -> dict:
 
 
 def _kernel(g, config, inputs, outputs, memory):
-    place, head, batch = steps.place_of(g.num_kv_heads, g.batch)
+    batch, head, place = steps.place_of()
     # The last tiles are the longest under causality, and start first.
     item = g.num_slices - 1 - place
     ids, words, spans = steps.list_of(g, inputs, batch, head, item // g.slices_per_tile)

@@ -168,7 +168,7 @@ def differentiate_queries(g: Geometry, config: QueryGradientConfig, inputs: dict
     return plgpu.kernel(
         query_gradient,
         out_type=jax.ShapeDtypeStruct((g.batch, g.num_kv_heads, g.num_slices, SLICE_ROWS, g.key_columns), jnp.dtype(g.dtype)),
-        **steps.blocks_of_grid(g.num_slices // config.warpgroups, g.num_kv_heads, g.batch),
+        **steps.blocks_of_grid(g.batch, g.num_kv_heads, g.num_slices // config.warpgroups),
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
         scratch_types=dict(memory=query_memory_of(g, config)),
@@ -191,7 +191,7 @@ def query_memory_of(g: Geometry, config: QueryGradientConfig) -> dict:
 
 
 def _query_kernel(g, config, inputs, d_query, memory):
-    place, head, batch = steps.place_of(g.num_kv_heads, g.batch)
+    batch, head, place = steps.place_of()
     warpgroup = lax.axis_index("warpgroup")
     item = g.num_slices // config.warpgroups - 1 - place
     tile = item // (g.slices_per_tile // config.warpgroups)
@@ -271,7 +271,7 @@ def differentiate_keys(
     found = plgpu.kernel(
         key_gradient,
         out_type=key_results(g, config.keys, num_partials),
-        **steps.blocks_of_grid(inputs["parts"].shape[2] * chunks, g.num_kv_heads, g.batch),
+        **steps.blocks_of_grid(g.batch, g.num_kv_heads, inputs["parts"].shape[2] * chunks),
         num_threads=KEY_WARPGROUPS + 1,
         thread_name="warpgroup",
         scratch_types=dict(memory=key_memory_of(g, config)),
@@ -330,7 +330,7 @@ def key_memory_of(g: Geometry, config: KeyGradientConfig) -> dict:
 
 
 def _key_kernel(g, config, inputs, outputs, memory):
-    item, head, batch = steps.place_of(g.num_kv_heads, g.batch)
+    batch, head, item = steps.place_of()
     warpgroup = lax.axis_index("warpgroup")
     chunks = g.kv_block_size // config.keys
     chunk = lax.rem(item, jnp.int32(chunks))
@@ -465,7 +465,7 @@ def sum_partials(g: Geometry, partials: jax.Array, ranges: jax.Array) -> jax.Arr
     chunks = g.kv_block_size // keys
 
     def sum_parts(partials, ranges, total):
-        item, head, batch = steps.place_of(g.num_kv_heads, g.batch)
+        batch, head, item = steps.place_of()
         own = steps.part_of(ranges, batch, head).at[item // chunks]
         first, count = own[0], own[1]
         load = steps.load_matrix if len(shape) == 2 else steps.load_columns
@@ -479,5 +479,5 @@ def sum_partials(g: Geometry, partials: jax.Array, ranges: jax.Array) -> jax.Arr
     return plgpu.kernel(
         sum_parts,
         out_type=jax.ShapeDtypeStruct((g.batch, g.num_kv_heads, g.num_kv_blocks * chunks, *shape), jnp.float32),
-        **steps.blocks_of_grid(g.num_kv_blocks * chunks, g.num_kv_heads, g.batch),
+        **steps.blocks_of_grid(g.batch, g.num_kv_heads, g.num_kv_blocks * chunks),
     )(partials, ranges)

@@ -85,7 +85,7 @@ def attend_slices(g: Geometry, config: ForwardConfig, inputs: dict[str, jax.Arra
     results = plgpu.kernel(
         attention_forward,
         out_type=results_of(g),
-        **steps.blocks_of_grid(g.num_slices // config.warpgroups, g.num_kv_heads, g.batch),
+        **steps.blocks_of_grid(g.batch, g.num_kv_heads, g.num_slices // config.warpgroups),
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
         scratch_types=dict(memory=memory_of(g, config)),
@@ -112,7 +112,7 @@ def memory_of(g: Geometry, config: ForwardConfig) -> dict:
 
 
 def _kernel(g, config, inputs, outputs, memory):
-    place, head, batch = steps.place_of(g.num_kv_heads, g.batch)
+    batch, head, place = steps.place_of()
     warpgroup = lax.axis_index("warpgroup")
     # The last tiles are the longest under causality, and start first.
     item = g.num_slices // config.warpgroups - 1 - place

@@ -62,7 +62,7 @@ def score_tiles(g: ScoringGeometry, config: ScoringConfig, inputs: dict[str, jax
     return plgpu.kernel(
         block_scores,
         out_type=jax.ShapeDtypeStruct((g.batch, g.num_lists, g.num_block_groups * STEP_UNITS, tokens), jnp.float32),
-        **steps.blocks_of_grid(num_items, g.num_lists, g.batch),
+        **steps.blocks_of_grid(g.batch, g.num_lists, num_items),
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
         scratch_types=dict(memory=_memory(g, config)),
@@ -87,7 +87,7 @@ def _memory(g: ScoringGeometry, config: ScoringConfig) -> dict:
 
 
 def _kernel(g, config, inputs, scores, memory):
-    place, list_index, batch = steps.place_of(g.num_lists, g.batch)
+    batch, list_index, place = steps.place_of()
     warpgroup = lax.axis_index("warpgroup")
     # The last queries see most, and start first.
     item = inputs["walks"].shape[1] - 1 - place

@@ -45,13 +45,13 @@ def kth_largest(rank: jax.Array, count: jax.Array) -> jax.Array:
     found = plgpu.kernel(
         kth_largest,
         out_type=jax.ShapeDtypeStruct(counts.shape, jnp.int32),
-        **steps.blocks_of_grid(counts.shape[2] // COLUMNS, heads, batch),
+        **steps.blocks_of_grid(batch, heads, counts.shape[2] // COLUMNS),
     )(ranks, counts)
     return lax.bitcast_convert_type(found[:, :, None, :queries], jnp.uint32)
 
 
 def _kernel(rows, ranks, counts, found):
-    item, head, batch = steps.place_of(ranks.shape[1], ranks.shape[0])
+    batch, head, item = steps.place_of()
     columns = pl.ds(item * COLUMNS, COLUMNS)
     count = steps.load_columns(counts.at[batch, head, columns])
     matrix = lambda x: lax.broadcast_in_dim(x, (rows, COLUMNS), [1])

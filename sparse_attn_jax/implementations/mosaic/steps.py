@@ -59,19 +59,18 @@ def largest(make: Callable[[int], Config], sizes: Sequence[int], memory_of: Call
     raise ValueError(f"{make(sizes[0])} needs {needed} bytes of shared memory; a thread block may have {MAX_SHARED_BYTES}.")
 
 
-def blocks_of_grid(items: int, heads: int, batch: int) -> dict:
+def blocks_of_grid(batch: int, heads: int, items: int) -> dict:
     """Arguments of `plgpu.kernel`: a thread block for each item of each head and batch row; see `place_of`.
 
-    They have one dimension, which is the only one with room for more than 65,535.
+    Those of one head start one after another, so that they find in the L2 cache what others have read. The last axis is the
+    first of CUDA's, the only one with room for more than 65,535 thread blocks.
     """
-    return dict(grid=(items * heads * batch,), grid_names=("block",))
+    return dict(grid=(batch, heads, items), grid_names=("batch", "head", "item"))
 
 
-def place_of(heads: int, batch: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Item, head and batch row of a thread block; those of all heads and rows start before those of the next item."""
-    block = lax.axis_index("block")
-    of_item = lax.rem(block, jnp.int32(heads * batch))
-    return lax.div(block, jnp.int32(heads * batch)), lax.div(of_item, jnp.int32(batch)), lax.rem(of_item, jnp.int32(batch))
+def place_of() -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Batch row, head and item of a thread block."""
+    return lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("item")
 
 
 def take_registers(warpgroups: int) -> None:
