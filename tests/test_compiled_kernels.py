@@ -77,6 +77,20 @@ def test_products_are_made_by_tensor_cores(all_code):
         assert all(code.instructions[instruction] > 0 for instruction in needed), code
 
 
+def test_products_of_warpgroups_do_not_wait_for_each_other(all_code):
+    """Where the compiler cannot follow the sums, it begins and awaits each product by itself, and builds do not show the warning."""
+    for code in all_code:
+        if folder_of(code.kernel) == "sm90":
+            assert 0 < code.instructions["WARPGROUP"] < code.instructions["HGMMA"], code
+
+
+def test_registers_move_between_warpgroups(all_code):
+    """Of two alone on a multiprocessor, each thread has all that it can name. The compiler may ignore `setmaxnreg`."""
+    for code in all_code:
+        moves = folder_of(code.kernel) == "sm90" and "Warpgroups<1, 1>" not in code.config
+        assert code.instructions["USETMAXREG"] == 2 * moves, code
+
+
 def test_table_is_that_of_the_sources(extension, all_code):
     new = kernel_table.table(all_code, kernel_table.nvcc_version(extension))
     differences = kernel_table.differences(kernel_table.TABLE.read_text(), new)

@@ -509,6 +509,25 @@ def test_library_that_does_not_load(monkeypatch, tmp_path):
         library.load("gpu")
 
 
+def test_reason_of_an_old_driver(monkeypatch, tmp_path):
+    (tmp_path / "newer_kernels.py").write_text("import os\ncuda_versions = lambda: (13020, int(os.environ['DRIVER']))")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(library, "MODULE", "newer_kernels")
+    reasons = {}
+    for driver in (0, 12080, 13000, 13040):
+        monkeypatch.setenv("DRIVER", str(driver))
+        reasons[driver] = library.missing("gpu")
+    assert "compiled by CUDA 13.2, and the driver of this machine runs programs of CUDA 12.8 and older" in reasons.pop(12080)
+    assert set(reasons.values()) == {None}
+
+
+def test_calls_without_results_launch_nothing():
+    """XLA takes no command buffer of a custom call that launches nothing."""
+    shapes = [jax.ShapeDtypeStruct(shape, "float32") for shape in ((2, 0, 4), (2, 3))]
+    text = jax.jit(lambda: library.custom_call(library.PAGED_ATTENTION)((), shapes, {})).lower().as_text()
+    assert "custom_call" not in text and "tensor<2x3xf32>" in text
+
+
 def test_kernels_of_a_folder_by_name(monkeypatch):
     inputs = small_case("group2_bf16")
     monkeypatch.setenv(library.ARCH, "sm80")

@@ -23,8 +23,9 @@ ROOT = Path(__file__).absolute().parent.parent
 BUILDS = (ROOT / "build" / "cuda", ROOT / "build" / "wheel")
 TABLE = ROOT / "docs" / "kernel_table.md"
 
-# Matrix products and their loads by architecture; accesses to local memory, which are what spills become.
-INSTRUCTIONS = ("HMMA", "HGMMA", "LDSM", "LDL", "STL")
+# Matrix products and their loads by architecture; accesses to local memory, which are what spills become; what begins and
+# awaits products of a warpgroup (WARPGROUP.ARRIVE, WARPGROUP.DEPBAR), and what moves registers between warpgroups.
+INSTRUCTIONS = ("HMMA", "HGMMA", "LDSM", "LDL", "STL", "WARPGROUP", "USETMAXREG")
 COMPILED_BY = re.compile("Compiled by nvcc ([0-9.]+)[.]")
 INSTRUCTION = re.compile(rf"\b({'|'.join(INSTRUCTIONS)})\b")
 

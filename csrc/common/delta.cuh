@@ -47,10 +47,8 @@ __global__ void __launch_bounds__(Config::kThreads)
     ptx::store_global(p.delta + row, sum - ptx::load_global(p.d_lse + row));
 }
 
-template <class T, int kHeadDim>
+template <class Config>
 struct Deltas {
-  using Config = DeltaConfig<T, kHeadDim>;
-
   static Status run(const AttentionBackwardParams& p, const LaunchContext& context) {
     const AttentionShape& shape = p.in.shape;
     const std::int64_t rows =

@@ -56,11 +56,18 @@ inline Status status_of(cudaError_t error) {
   return std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);
 }
 
+// Asks for all that a block may have: less would take it from a launch on another thread, or one in
+// a graph, because the limit is one for all launches of the kernel.
 template <class Params>
 cudaError_t allow_shared_bytes(void (*kernel)(Params), std::uint32_t bytes) {
   if (bytes <= 48 * 1024) return cudaSuccess;  // what a block may have without asking
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              static_cast<int>(bytes));
+  int device = 0, most = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  return error;
 }
 #endif
 

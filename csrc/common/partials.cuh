@@ -50,10 +50,8 @@ __global__ void __launch_bounds__(Config::kThreads)
   }
 }
 
-template <class T, int kHeadDim>
+template <class Config>
 struct PartialSums {
-  using Config = SumPartialsConfig<T, kHeadDim>;
-
   static Status run(const AttentionBackwardParams& p, const LaunchContext& context) {
     if (p.inverse.num_partials == 0) return {};
     const AttentionShape& shape = p.in.shape;

@@ -1,5 +1,8 @@
 // The Python module of the GPU's kernels.
+#include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
+
+#include <utility>
 
 #include "ffi/handlers.h"
 #include "launchers.h"
@@ -25,6 +28,14 @@ py::dict registrations() {
   return handlers;
 }
 
+// 1000 x major + 10 x minor: what compiled the kernels, and the newest that the driver knows, 0 if
+// there is none.
+std::pair<int, int> cuda_versions() {
+  int driver = 0;
+  if (cudaDriverGetVersion(&driver) != cudaSuccess) driver = 0;
+  return {CUDART_VERSION, driver};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_kernels, module) {
@@ -32,6 +43,10 @@ PYBIND11_MODULE(_kernels, module) {
   module.def(
       "registrations", registrations,
       "What jax.ffi.register_ffi_target takes for platform \"CUDA\": handlers by target name.");
+  module.def(
+      "cuda_versions", cuda_versions,
+      "1000 x major + 10 x minor of the CUDA that compiled the kernels, and of the driver's, 0 "
+      "if there is no driver.");
   module.def("variants", sparse_attn_variants,
              "The compiled variants, as JSON (csrc/launchers.h).");
   module.def("kernels", sparse_attn_kernels, "What each kernel takes of a GPU, as JSON.");

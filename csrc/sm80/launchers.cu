@@ -46,8 +46,8 @@ struct Variant {
   using OfQuery = QueryGradient<QueryGradientConfig<T, kHeadDim, kKeys>>;
   template <KeyGradient kWhich>
   using OfKey = KeyGradients<KeyGradientConfig<T, kHeadDim, kOwnKeys, kWhich>>;
-  using OfRows = Deltas<T, kHeadDim>;
-  using OfParts = PartialSums<T, kHeadDim>;
+  using OfRows = Deltas<DeltaConfig<T, kHeadDim>>;
+  using OfParts = PartialSums<SumPartialsConfig<T, kHeadDim>>;
   using Backward = std::conditional_t<
       kHeadDim <= 128, Sequence<OfRows, OfQuery, OfKey<KeyGradient::kBoth>, OfParts>,
       Sequence<OfRows, OfQuery, OfKey<KeyGradient::kKey>, OfKey<KeyGradient::kValue>, OfParts>>;

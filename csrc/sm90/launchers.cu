@@ -10,6 +10,14 @@
 #include "sm90/attention_forward.cuh"
 
 namespace sparse_attn::sm90 {
+
+// Names of their own: of functions with one name the linker keeps any, also one that starts a
+// kernel which was not compiled for all architectures.
+template <class T, int kHeadDim>
+struct DeltaConfig : sparse_attn::DeltaConfig<T, kHeadDim> {};
+template <class T, int kHeadDim>
+struct SumPartialsConfig : sparse_attn::SumPartialsConfig<T, kHeadDim> {};
+
 namespace {
 
 // Whether the rows of a slice are a box of the query array, which a tensor copy can bring: all rows
@@ -72,7 +80,7 @@ struct Variant {
   using OfQuery = QueryGradientConfig<T, kHeadDim, kBlockSize, kQueryKeys, kQueryStages, OfOne>;
   using OfQueryOfTwo = QueryGradientConfig<T, kHeadDim, kBlockSize, 64, 4, OfTwo>;
   using OfKey = KeyGradientConfig<T, kHeadDim, std::min(kBlockSize, kProductRows)>;
-  using OfParts = PartialSums<T, kHeadDim>;
+  using OfParts = PartialSums<SumPartialsConfig<T, kHeadDim>>;
 
   static Status backward(const AttentionBackwardParams& params, const LaunchContext& context) {
     const AttentionInputs& in = params.in;
@@ -91,7 +99,7 @@ struct Variant {
                                     Slices::kKind, params.num_taken,
                                     arguments_of(rows, Config::Stream::kPieceKeys), context);
       };
-      Status status = Deltas<T, kHeadDim>::run(params, context);
+      Status status = Deltas<DeltaConfig<T, kHeadDim>>::run(params, context);
       if (status) return status;
       if constexpr (kSharesKeys) {
         status = has_rows_for_two(in) ? differentiate_queries(OfQueryOfTwo())

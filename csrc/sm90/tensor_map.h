@@ -36,6 +36,25 @@ constexpr int swizzle_period(Swizzle swizzle) {
                                     : 256;
 }
 
+#if !SPARSE_ATTN_HOST_SIM
+// Asked for at run time, so that the library does not need the driver to be loaded.
+inline decltype(&cuTensorMapEncodeTiled) find_tensor_map_encoder() {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
+  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
+                                                             12000, cudaEnableDefault, &result);
+#else
+  const cudaError_t error =
+      cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result);
+#endif
+  if (error != cudaSuccess || result != cudaDriverEntryPointSuccess)
+    throw std::runtime_error(
+        "the CUDA driver has no cuTensorMapEncodeTiled: it is older than 12.0");
+  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+}
+#endif
+
 // An array of T (BFloat16, Float16 or float) of `kRank` dimensions, the contiguous one first.
 // `strides` are those of the other dimensions, in bytes. A copy moves `box` elements, or those of
 // them that exist: the others are read as zeros, and not written. Raises std::runtime_error if the
@@ -60,19 +79,7 @@ TensorMap make_tensor_map(const void* base, const std::uint64_t (&shape)[kRank],
   return ::host_sim::make_tensor_map(kElement, kRank, base, shape, strides, box,
                                      kSpans[static_cast<int>(swizzle)]);
 #else
-  // Asked for at run time, so that the library does not need the driver to be loaded.
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult result;
-#if CUDART_VERSION >= 12050
-  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
-                                                             12000, cudaEnableDefault, &result);
-#else
-  const cudaError_t error =
-      cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result);
-#endif
-  if (error != cudaSuccess || result != cudaDriverEntryPointSuccess)
-    throw std::runtime_error(
-        "the CUDA driver has no cuTensorMapEncodeTiled: it is older than 12.0");
+  static const auto encode = find_tensor_map_encoder();
   constexpr CUtensorMapDataType kType = kIsFloat      ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
                                         : kIsBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                                       : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
@@ -81,10 +88,10 @@ TensorMap make_tensor_map(const void* base, const std::uint64_t (&shape)[kRank],
                                               CU_TENSOR_MAP_SWIZZLE_32B};
   const cuuint32_t steps[] = {1, 1, 1, 1, 1};
   TensorMap map;
-  const CUresult status = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)(
-      &map, kType, kRank, const_cast<void*>(base), shape, strides, box, steps,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, kSwizzles[static_cast<int>(swizzle)],
-      CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult status =
+      encode(&map, kType, kRank, const_cast<void*>(base), shape, strides, box, steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, kSwizzles[static_cast<int>(swizzle)],
+             CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) {
     throw std::runtime_error("cuTensorMapEncodeTiled refuses the tensor map: CUresult " +
                              std::to_string(static_cast<int>(status)));

@@ -13,9 +13,11 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import jaxlib.version
 import numpy as np
 
@@ -89,6 +91,18 @@ def missing(platform: str) -> str | None:
             "this install has no CUDA kernels, because it found no nvcc; `SPARSE_ATTN_CUDA=ON pip install` brings one, or says "
             "what is missing"
         )
+    return _missing_driver()
+
+
+def _missing_driver() -> str | None:
+    """Why the driver of this machine, if it has one, cannot run what was compiled; or `None`."""
+    runtime, driver = _import_module().cuda_versions()
+    text = lambda version: f"{version // 1000}.{version % 1000 // 10}"
+    if 0 < driver < runtime // 1000 * 1000:
+        return (
+            f"they were compiled by CUDA {text(runtime)}, and the driver of this machine runs programs of CUDA {text(driver)} "
+            f"and older: they want a driver for {runtime // 1000}.0, or `SPARSE_ATTN_CUDA=ON pip install` with an older nvcc"
+        )
     return None
 
 
@@ -109,12 +123,16 @@ def _load_simulator(path: str) -> tuple[Variant, ...]:
     return _read_variants(library.sparse_attn_variants().decode())
 
 
-@functools.cache
-def _load_module() -> tuple[Variant, ...]:
+def _import_module() -> ModuleType:
     try:
-        module = importlib.import_module(MODULE)
+        return importlib.import_module(MODULE)
     except ImportError as error:
         raise ImportError(f"the CUDA kernels of this install do not load: {error}. {INSTALL_AGAIN}") from error
+
+
+@functools.cache
+def _load_module() -> tuple[Variant, ...]:
+    module = _import_module()
     _register(module.registrations(), "CUDA")
     return _read_variants(module.variants())
 
@@ -167,7 +185,14 @@ def arch_for(problem: AnyProblem) -> int:
 
 def custom_call(target: str) -> Callable[..., tuple[jax.Array, ...]]:
     """What an `EntryPoint` runs: a custom call, whose attributes are NumPy scalars, typed as its handler expects them."""
-    return lambda arrays, outputs, attributes: jax.ffi.ffi_call(target, outputs)(*arrays, **attributes)
+
+    def run(arrays, outputs, attributes):
+        # Nothing would be launched, and XLA takes no command buffer of a call that launches nothing.
+        if 0 in outputs[0].shape:
+            return tuple(jnp.zeros(x.shape, x.dtype) for x in outputs)
+        return jax.ffi.ffi_call(target, outputs)(*arrays, **attributes)
+
+    return run
 
 
 def call_attributes(problem: AnyProblem) -> dict[str, Any]:

@@ -83,6 +83,9 @@ def supports(problem: Problem) -> tuple[str, ...]:
         reasons.append(f"kv_block_size is {problem.kv_block_size}; supported: {', '.join(map(str, KV_BLOCK_SIZES))}")
     if problem.value_head_dim > max_head_dim:
         reasons.append(f"value_head_dim is {problem.value_head_dim}; supported: at most {max_head_dim}")
+    for name in ("batch", "num_kv_heads"):
+        if getattr(problem, name) > MAX_GRID:
+            reasons.append(f"{name} is {getattr(problem, name)}; supported: at most {MAX_GRID}")
     if problem.predicate is not None:
         reasons.append(f"the selection has a predicate, {problem.predicate}; supported: none")
     width = max(problem.head_dim, problem.value_head_dim)
@@ -140,9 +143,6 @@ def _reasons_of_device(problem: Problem | ScoringProblem, capabilities: tuple[st
         reasons.append(f"JAX's CUDA is {text}, whose assembler miscompiles masks; supported: before 12.8, 12.9.1 and newer")
     if problem.dtype not in DTYPES:
         reasons.append(f"dtype is {problem.dtype}; supported: {', '.join(DTYPES)}")
-    for name in ("batch", "num_q_heads"):
-        if getattr(problem, name) > MAX_GRID:
-            reasons.append(f"{name} is {getattr(problem, name)}; supported: at most {MAX_GRID}")
     if problem.head_dim > max_head_dim:
         reasons.append(f"head_dim is {problem.head_dim}; supported: at most {max_head_dim}")
     return reasons
