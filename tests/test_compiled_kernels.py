@@ -78,7 +78,7 @@ def test_products_are_made_by_tensor_cores(all_code):
 
 
 def test_products_of_warpgroups_do_not_wait_for_each_other(all_code):
-    """Where the compiler cannot follow the sums, it begins and awaits each product by itself, and builds do not show the warning."""
+    """Where the compiler cannot follow the sums, it begins and awaits each by itself, and says so where no build shows it."""
     for code in all_code:
         if folder_of(code.kernel) == "sm90":
             assert 0 < code.instructions["WARPGROUP"] < code.instructions["HGMMA"], code
