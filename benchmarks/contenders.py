@@ -9,9 +9,10 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import sparse_attn_jax as sa
-from benchmarks import machine
+from benchmarks import machine, timing
 from benchmarks.workloads import Workload
 from sparse_attn_jax import dispatch
 from sparse_attn_jax.implementations.cuda import library
@@ -29,13 +30,16 @@ class Prepared:
 
     Attributes:
       call: runs once; returns when the result is there.
-      results: the results for a cotangent of out, by the names of `testing.compare`; for a selector, `indices`.
+      results: the results for a cotangent of out, by the names of `testing.compare`, still on the device; for a selector,
+        `indices`.
       memory_bytes: temporaries and results together; `None` if unknown.
+      fetch: a result, or a part of one, as a NumPy array.
     """
 
-    call: Callable[[], None]
+    call: timing.Call
     results: Callable[[jax.Array], dict[str, Any]]
     memory_bytes: int | None
+    fetch: Callable[[Any], np.ndarray] = jax.device_get
 
 
 class Contender(Protocol):
@@ -107,13 +111,10 @@ class Selector:
         query, key = made.operands["query"], made.operands["key"]
         options = {name: made.options[name] for name in ("is_causal", "q_offset") if name in made.options}
         # A selector has no argument for it: the library takes the first that can, and this is the only one.
-        only = {self.implementation: dispatch.get(self.implementation)}
-        with mock.patch.object(dispatch, "IMPLEMENTATIONS", only):
+        with mock.patch.object(dispatch, "default_order", lambda problem: (self.implementation,)):
             compiled = jax.jit(lambda query, key: workload.selector(query, key, **options).indices).lower(query, key).compile()
 
-        def call():
-            jax.block_until_ready(compiled(query, key))
-
+        call = timing.Enqueued(lambda: compiled(query, key), jax.block_until_ready)
         return Prepared(call, lambda d_out: dict(indices=compiled(query, key)), memory_of(compiled))
 
 
@@ -194,9 +195,7 @@ def prepare_jax(attend: Callable[..., jax.Array], made: Inputs, mode: str) -> Pr
     def results(d_out):
         return compiled(made.operands, made.selection, d_out)
 
-    def call():
-        jax.block_until_ready(results(made.d_out))
-
+    call = timing.Enqueued(lambda: results(made.d_out), jax.block_until_ready)
     return Prepared(call, results, memory)
 
 

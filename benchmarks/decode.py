@@ -5,8 +5,9 @@
         --head_dim=128 --kv_len=131072 --budgets=64,256 --json=decode.json
 
 Every sequence has one new token, and pages in any order. Baselines are `jax.nn.dot_product_attention` over keys that lie
-together. All are first checked against the definition in float64, on one sequence and KV head: what is wrong is not timed,
-and the exit status is 1. The others are timed in turn, round after round, on random data.
+together. All are first checked against the definition in float64, on one sequence and KV head: what is wrong or fails is not
+timed, and the exit status is 1. The others are timed in turn, round after round, on random data. --json is written anew after
+each length.
 """
 
 import dataclasses
@@ -21,10 +22,10 @@ import numpy as np
 from absl import app, flags, logging
 
 import sparse_attn_jax as sa
-from benchmarks import machine, progress, report, timing
+from benchmarks import files, machine, progress, report, timing
 from benchmarks.checks import BASELINE_TOLERANCE
 from benchmarks.contenders import kernels_of
-from benchmarks.measure import TIMED, UNAVAILABLE, WRONG, first_line
+from benchmarks.measure import BUGS, TIMED, WRONG, note_failure, note_late_failure
 from benchmarks.selection_check import TIE_TOLERANCE
 from sparse_attn_jax.testing import oracle
 from sparse_attn_jax.testing.methods import quest as definition
@@ -89,8 +90,8 @@ class Step:
         tables = rng.permutation(sizes.batch * max_pages).reshape(sizes.batch, max_pages)
         self.block_tables = jnp.asarray(tables, jnp.int32)
         pages = (tables.size, sizes.page_size, sizes.num_kv_heads, sizes.head_dim)
-        arrays = rng.standard_normal((2, *pages), np.float32)
-        self.key_pages, self.value_pages = (jnp.asarray(x, sizes.dtype) for x in arrays)
+        keys = jax.random.split(jax.random.key(seed))  # on the device, as these are gigabytes
+        self.key_pages, self.value_pages = (jax.random.normal(key, pages, sizes.dtype) for key in keys)
         query = rng.standard_normal((sizes.batch, 1, sizes.num_q_heads, sizes.head_dim))
         self.query = jnp.asarray(query, sizes.dtype)
         self.seq_lens = jnp.full((sizes.batch,), sizes.kv_len, jnp.int32)
@@ -201,38 +202,54 @@ def contenders_of(step: Step, implementations: Sequence[tuple[str, str]], budget
     return found
 
 
-def prepare(contender: Contender) -> Callable[[], None] | None:
+def is_ours(row: Row) -> bool:
+    return row.contender not in BASELINES
+
+
+def prepare(contender: Contender) -> timing.Call | None:
     """Compiles and checks it, and returns what to time; `None` if the row says why there is nothing."""
     row = contender.row
     progress.say(f"{row.kv_len} tokens: compiling and checking {row.contender}, {row.budget or 'all'} blocks")
     try:
         with kernels_of(contender.cuda_arch):
             compiled = jax.jit(contender.run).lower(*contender.arguments).compile()
-    except (RuntimeError, ValueError) as error:
-        if row.contender not in BASELINES and not isinstance(error, NotImplementedError):
-            raise  # a bug to see
-        row.status, row.reason = UNAVAILABLE, first_line(error)
+        result = compiled(*contender.arguments)
+        try:
+            contender.check(result)
+        except AssertionError as error:
+            row.status, row.reason = WRONG, " ".join(str(error).split())[:200]
+            return None
+    except Exception as error:
+        note_failure(row, error, is_ours=is_ours(row))
         return None
-    try:
-        contender.check(compiled(*contender.arguments))
-    except AssertionError as error:
-        row.status, row.reason = WRONG, " ".join(str(error).split())[:200]
-        return None
-    return lambda: jax.block_until_ready(compiled(*contender.arguments))
+    return timing.Enqueued(lambda: compiled(*contender.arguments), jax.block_until_ready)
 
 
 def measure(contenders: Sequence[Contender], *, repeats: int, seconds: float) -> list[Row]:
     """Times all that are right, in turn, and fills in their rows."""
-    calls = {i: prepare(contender) for i, contender in enumerate(contenders)}
-    times = timing.time_interleaved({i: call for i, call in calls.items() if call}, repeats=repeats, seconds=seconds)
     rows = [contender.row for contender in contenders]
-    for i, samples in times.items():
-        vars(rows[i]).update(timing.percentiles_ms(samples), repeats=len(samples))
-        rows[i].gb_per_s = rows[i].bytes_read / rows[i].median_ms * 1e-6
+    calls: dict[int, timing.Call | None] = {}
+    # What fails of ours may leave the device unusable: by then the baselines are checked, and timed once.
+    for turns, chosen in ((1, [i for i, row in enumerate(rows) if not is_ours(row)]), (repeats, range(len(rows)))):
+        calls |= {i: prepare(contenders[i]) for i in chosen if i not in calls}
+        time_rows({i: call for i, call in calls.items() if call}, rows, repeats=turns, seconds=seconds)
     for row in rows:
-        if row.median_ms and rows[0].median_ms:
-            row.ratio = rows[0].median_ms / row.median_ms
+        if row.median_ms:
+            row.gb_per_s = row.bytes_read / row.median_ms * 1e-6
+            row.ratio = rows[0].median_ms / row.median_ms if rows[0].median_ms else None
     return rows
+
+
+def time_rows(calls: dict[int, timing.Call], rows: Sequence[Row], *, repeats: int, seconds: float) -> None:
+    """Times the calls of those rows, and fills them in."""
+
+    def on_failure(i, error):
+        note_late_failure(rows[i], error, is_ours=is_ours(rows[i]))
+
+    times = timing.time_interleaved(calls, repeats=repeats, seconds=seconds, on_failure=on_failure)
+    for i, samples in times.items():
+        if rows[i].status == TIMED and rows[i].reason is None:
+            vars(rows[i]).update(timing.percentiles_ms(samples), repeats=len(samples))
 
 
 def format_rows(rows: Sequence[Row]) -> str:
@@ -241,14 +258,15 @@ def format_rows(rows: Sequence[Row]) -> str:
     for row in rows:
         times = [report.number(x, ".3f") for x in (row.median_ms, row.p10_ms, row.p90_ms)]
         rates = [report.number(row.gb_per_s, ".1f"), report.number(row.ratio, ".2f")]
-        note = "" if row.status == TIMED else f"{row.status}: {row.reason}"
+        note = row.reason or ""
+        note = note if row.status == TIMED else f"{row.status}: {note}"
         blocks = "all" if row.budget is None else str(row.budget)
         cells.append([row.contender, blocks, *times, f"{row.bytes_read / 2**20:.1f}", *rates, note])
     return report.format_table(header, cells)
 
 
 def main(argv: list[str]) -> int:
-    """The exit status: 1 if a contender was wrong, or nothing of ours could be timed."""
+    """The exit status: 1 if a contender was wrong or failed, or nothing of ours could be timed."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     if FLAGS.num_q_heads % FLAGS.num_kv_heads:
@@ -258,6 +276,7 @@ def main(argv: list[str]) -> int:
     archs = {"cuda": FLAGS.cuda_arch or [""]}
     implementations = [(name, arch) for name in FLAGS.implementations for arch in archs.get(name, [""])]
     names = ("batch", "num_q_heads", "num_kv_heads", "head_dim", "page_size", "block_size", "dtype")
+    settings = {name: FLAGS[name].value for name in (*names, "seed")}
     rows = []
     for kv_len in FLAGS.kv_len:
         sizes = Sizes(kv_len=int(kv_len), **{name: FLAGS[name].value for name in names})
@@ -269,12 +288,11 @@ def main(argv: list[str]) -> int:
         )
         print(f"\n{sizes}\n\n{format_rows(of_length)}", flush=True)
         rows += of_length
-    if FLAGS.json:
-        settings = {name: FLAGS[name].value for name in (*names, "seed")}
-        data = dict(machine=described, settings=settings, rows=[dataclasses.asdict(row) for row in rows])
-        report.write_json(FLAGS.json, data)
-    is_ours = [row for row in rows if row.contender not in BASELINES and row.status == TIMED]
-    return int(any(row.status == WRONG for row in rows) or not is_ours)
+        if FLAGS.json:
+            data = dict(machine=described, settings=settings, rows=[dataclasses.asdict(row) for row in rows])
+            files.write_json(FLAGS.json, data)
+    was_timed = any(is_ours(row) and row.status == TIMED for row in rows)
+    return int(any(row.status in BUGS for row in rows) or not was_timed)
 
 
 def define_flags() -> None:

@@ -1,40 +1,53 @@
 """Everything that needs an NVIDIA GPU, in stages that can be run alone. Needs no network.
 
     python -m benchmarks.gpu_suite --out=gpu_results
-    python -m benchmarks.gpu_suite --out=gpu_results --stage=build,conformance
+    python -m benchmarks.gpu_suite --out=gpu_results --stage=build,conformance --archive=gpu_results.tar.gz
 
-Stages:
+Stages, in the order of what is to be known first:
 
-  build        compiles the CUDA kernels for this GPU, beside the package. Needs nvcc, CMake, Ninja and pybind11.
-  conformance  the tests of the kernels, which elsewhere run in a simulator, on the GPU.
-  sanitizer    two of them under compute-sanitizer: accesses out of bounds, races, barriers, memory that nobody wrote.
-  tokens_32768, tokens_65536, tokens_131072
-               the sizes of InfLLM-v2's published times, with a list per token: times beside dense attention by cuDNN and
-               flex_attention by torch, after a check of every result.
-  blocks       the same with a list per block of queries.
-  selection    the selection beside the attention to what it chose.
-  decoding     a step of decoding from pages, dense and over the blocks that Quest selects.
-  configs      the Pallas kernels with every configuration that fits; on compute capability 9.0.
+  build         compiles the CUDA kernels for this GPU, beside the package. Needs nvcc, CMake, Ninja and pybind11.
+  conformance   the tests of the kernels, which elsewhere run in a simulator, on the GPU; but for those of random calls.
+  tokens_32768  a size of InfLLM-v2's published times, with a list per token: times beside dense attention by cuDNN and
+                flex_attention by torch, after a check of every result.
+  blocks_all    the same with a list per block of queries, of all blocks.
+  selection     the selection beside the attention to what it chose.
+  decoding      a step of decoding from pages, dense and over the blocks that Quest selects.
+  sanitizer_memcheck, sanitizer_racecheck, sanitizer_synccheck, sanitizer_initcheck
+                two tests under compute-sanitizer: accesses out of bounds, races, barriers, memory that nobody wrote.
+  blocks_SIZE_COUNT
+                lists of a tenth and three quarters of all blocks, of 64 and of 128 tokens.
+  tokens_65536, tokens_131072
+                the other published sizes.
+  configs_tokens, configs_blocks
+                the Pallas kernels with every configuration that fits.
+  random_calls  the tests that conformance leaves out.
 
 `python -m tools.measured_times OUT/tokens_*.json OUT/blocks_*.json OUT/selection_*.json` then takes the times into the table by
 which the dispatch prefers `mosaic` or `cuda`.
 
-Each stage writes its output to OUT/STAGE.log. OUT/summary.json says how each went, also of stages run before. The exit status
-is 1 if one of them failed now.
+Each stage writes its output to OUT/STAGE.log. OUT/summary.json says how each went, also of stages run before; after each stage
+--archive is written anew, one file with all others of OUT. A command that fails does not keep the others from being run, unless
+it is one of `build`. The exit status is 1 if a stage failed now.
 """
 
+import contextlib
+import dataclasses
 import functools
+import inspect
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jaxlib.xla_client
 from absl import app, flags
 
+from benchmarks import files
 from sparse_attn_jax import jax_compat
 from tools.find_nvcc import candidates
 
@@ -69,33 +82,72 @@ def query_gpu(field: str) -> str:
 # Without a GPU, JAX goes on with a CPU.
 ON_A_GPU = [sys.executable, "-c", "import jax; assert jax.default_backend() == 'gpu', jax.devices()"]
 
-# Tests of the simulator and the interpreter, those that need several devices, and one that runs XLA on the simulator's device.
+# Tests of the simulator and the interpreter, those that need several devices, one that runs XLA on the simulator's device, and
+# those of what is said where there is no GPU.
 NOT_ON_A_GPU = (
     "not mutat and not shard and not simulator and not export and not library and not order_of_blocks and not selector_runs"
+    " and not another_kind and not every_reason"
 )
-
+# Tests that run the kernels of 9.0.
+NOT_ON_AMPERE = " and not sm90 and not several_lists and not every_variant_of_the_table"
 
 # By compute capability.
 PALLAS_TESTS = {"8.0": ["tests/test_mosaic_ampere.py"], "9.0": ["tests/test_mosaic.py", "tests/test_mosaic_selection.py"]}
 
+SECONDS_PER_TEST = 120
+
 
 def pytest_command(*arguments: str | Path) -> Command:
-    return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    """Names each test as it ends."""
+    return [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *arguments]
 
 
-def conformance_commands(out: Path) -> list[Command]:
-    files = ["tests/test_ffi_handlers.py", "tests/test_varlen.py", *sorted(ROOT.glob("tests/test_cuda_*on_cpu.py"))]
-    files += PALLAS_TESTS.get(compute_capability(), [])
-    workers = ["-n", "8"] if importable("xdist") else []
-    return [ON_A_GPU, pytest_command(*files, *workers, "-k", NOT_ON_A_GPU, f"--junitxml={out / 'conformance.xml'}")]
+def that_run_here(tests: str) -> str:
+    """An expression for pytest: of `tests` those that this GPU has kernels for."""
+    return tests + ("" if compute_capability() == "9.0" else NOT_ON_AMPERE)
 
 
-def sanitizer_commands(out: Path) -> list[Command]:
+def kernel_tests(name: str, are_random: bool, out: Path) -> list[Command]:
+    """Tests of the kernels: those of random calls, or the others."""
+    # Of packed sequences only the kernels': XLA may round float32 factors to 10 bits on a GPU.
+    tests = ["tests/test_ffi_handlers.py", "tests/test_varlen.py::test_cuda_kernels_match_oracle"]
+    tests += [*sorted(ROOT.glob("tests/test_cuda_*on_cpu.py")), *PALLAS_TESTS.get(compute_capability(), [])]
+    options = ["-n", "8", "--dist", "worksteal"] if importable("xdist") else []
+    # A test of random calls compiles each of them.
+    options += [f"--timeout={SECONDS_PER_TEST}"] if importable("pytest_timeout") and not are_random else []
+    options += ["-k", that_run_here(NOT_ON_A_GPU), "-m", "hypothesis" if are_random else "not hypothesis"]
+    return [pytest_command(*tests, *options, f"--junitxml={out / name}.xml")]
+
+
+# By tool, the one whose findings the others depend on first: how its report ends if it found nothing.
+SANITIZERS = dict(
+    memcheck="ERROR SUMMARY: 0 errors",
+    racecheck="RACECHECK SUMMARY: 0 hazards",
+    synccheck="ERROR SUMMARY: 0 errors",
+    initcheck="ERROR SUMMARY: 0 errors",
+)
+
+
+def sanitizer_report(tool: str, out: Path) -> Path:
+    return out / f"sanitizer_{tool}.txt"
+
+
+def sanitizer_commands(tool: str, out: Path) -> list[Command]:
+    report = sanitizer_report(tool, out)
+    report.unlink(missing_ok=True)  # that of an earlier run says nothing of this one
     sanitizer = next(candidates("compute-sanitizer"), "compute-sanitizer")
-    test = pytest_command("tests/test_cuda_on_cpu.py", "-k", "matches_oracle and (everything or group2_bf16)")
-    tools = ("memcheck", "racecheck", "synccheck", "initcheck")
-    sanitize = [sanitizer, "--error-exitcode", "3", "--target-processes", "all"]
-    return [ON_A_GPU, *([*sanitize, "--tool", tool, *test] for tool in tools)]
+    # XLA asks for things that may fail. What it compiles takes longer than the sanitizer would wait.
+    options = ["--error-exitcode", "3", "--target-processes", "application-only", "--launch-timeout", "0"]
+    options += ["--log-file", report, "--tool", tool, *(["--report-api-errors", "no"] if tool == "memcheck" else [])]
+    test = pytest_command("tests/test_cuda_on_cpu.py", "-k", that_run_here("matches_oracle and (everything or group2_bf16)"))
+    return [[sanitizer, *options, *test]]
+
+
+def sanitizer_complaint(tool: str, out: Path) -> str | None:
+    """What is wrong although the commands passed: the tool may not have been there."""
+    report = sanitizer_report(tool, out)
+    said = report.read_text(errors="replace") if report.exists() else ""
+    return None if SANITIZERS[tool] in said else f"{report.name} does not say {SANITIZERS[tool]!r}"
 
 
 # As InfLLM-v2's published times: 262,144 tokens in all, 64 blocks of 64 keys for each.
@@ -105,8 +157,8 @@ MHA = ("--q_len=32768", "--num_q_heads=16", "--num_kv_heads=16", "--head_dim=128
 
 
 def benchmark_command(result: Path, *arguments: str) -> Command:
-    command = [sys.executable, "-m", "benchmarks.run", "--dtype=bfloat16", *arguments]
-    return [*command, "--time_limit=20", f"--json={result}"]
+    command = [sys.executable, "-m", "benchmarks.run", "--dtype=bfloat16", "--time_limit=20", *arguments]
+    return [*command, f"--json={result}"]
 
 
 def all_kernels() -> list[str]:
@@ -124,99 +176,197 @@ def token_commands(q_len: int, out: Path) -> list[Command]:
     sizes = [*PUBLISHED, f"--q_len={q_len}", f"--batch={PUBLISHED_SIZES[q_len]}", f"--dense_max_len={q_len}", *all_kernels()]
     runs = [("realistic", "--baselines=dense-cudnn,torch-flex"), ("random", "--baselines=")]
     made = lambda generator: out / f"tokens_{q_len}_{generator}.json"
-    return [ON_A_GPU, *(benchmark_command(made(lists), *sizes, f"--generator={lists}", others) for lists, others in runs)]
+    return [benchmark_command(made(lists), *sizes, f"--generator={lists}", others) for lists, others in runs]
 
 
-def block_commands(out: Path) -> list[Command]:
-    """A list per block of queries, of a tenth and three quarters of all blocks, and of all, not causal."""
+# Blocks of how many tokens, and of how many a list has: a tenth and three quarters.
+BLOCK_LISTS = [(block, round(32768 / block * share)) for block in (64, 128) for share in (0.1, 0.75)]
+
+
+def block_commands(block: int, num_slots: int, name: str, out: Path, *others: str) -> list[Command]:
+    """A list per block of queries, not causal."""
     sizes = [*MHA, "--nocausal", "--generator=random", "--dense_max_len=32768", "--baselines=dense-cudnn,dense-mgpu,torch-flex"]
-    commands = []
-    for block in (64, 128):
-        for share in (0.1, 0.75):
-            slots = round(32768 / block * share)
-            lists = [f"--q_block_size={block}", f"--kv_block_size={block}", f"--num_slots={slots}"]
-            commands.append(benchmark_command(out / f"blocks_{block}_{slots}.json", *sizes, *lists, *all_kernels()))
-    # What Mosaic GPU reaches: JAX's own attention takes float16.
-    dense = ["--q_block_size=128", "--kv_block_size=128", "--num_slots=256", "--dtype=float16"]
-    commands.append(benchmark_command(out / "blocks_all.json", *sizes, *dense, *all_kernels()))
-    return [ON_A_GPU, *commands]
+    lists = [f"--q_block_size={block}", f"--kv_block_size={block}", f"--num_slots={num_slots}", "--time_limit=10"]
+    return [benchmark_command(out / f"{name}.json", *sizes, *lists, *others, *all_kernels())]
+
+
+def dense_commands(out: Path) -> list[Command]:
+    """Lists of all blocks, beside what Mosaic GPU reaches: JAX's own attention, which takes float16."""
+    return block_commands(128, 256, "blocks_all", out, "--dtype=float16")
 
 
 def selection_commands(out: Path) -> list[Command]:
     """The selection, beside the attention to what it chose."""
     sizes = [*PUBLISHED, "--q_len=131072", "--batch=2", "--op=both", "--num_local_blocks=32", "--mode=forward", "--baselines="]
-    return [ON_A_GPU, benchmark_command(out / "selection_131072.json", *sizes, *all_kernels())]
+    return [benchmark_command(out / "selection_131072.json", *sizes, *all_kernels())]
 
 
 def decoding_commands(out: Path) -> list[Command]:
     """A step of decoding from pages, of 32 and of 128 thousand tokens: dense, and over what Quest selects."""
     command = [sys.executable, "-m", "benchmarks.decode", "--implementations=xla,cuda", *cuda_kernels()[1:], "--dtype=bfloat16"]
     sizes = ["--batch=8", "--num_q_heads=32", "--num_kv_heads=8", "--head_dim=128", "--kv_len=32768,131072", "--budgets=64,256"]
-    return [ON_A_GPU, [*command, *sizes, f"--json={out / 'decoding.json'}"]]
+    return [[*command, *sizes, f"--json={out / 'decoding.json'}"]]
 
 
-def config_commands(out: Path) -> list[Command]:
-    """A sweep of the Pallas kernels' configurations, of both ways to select."""
-    has_kernels = {"8.0": jax_compat.HAS_MOSAIC_GPU_FOR_AMPERE, "9.0": jax_compat.HAS_MOSAIC_GPU}
-    if not has_kernels.get(compute_capability()):
-        return [ON_A_GPU]
-    sweep = ["--implementations=mosaic", "--mosaic_configs", "--baselines=", "--mode=forward_backward"]
-    tokens = [*PUBLISHED, "--q_len=32768", "--batch=2", "--generator=realistic"]
-    blocks = [*MHA, "--generator=random", "--q_block_size=128", "--kv_block_size=128", "--num_slots=26"]
-    commands = [
-        benchmark_command(out / f"configs_{name}.json", *sweep, *of) for name, of in dict(tokens=tokens, blocks=blocks).items()
-    ]
-    return [ON_A_GPU, *commands]
-
-
-STAGES: dict[str, Callable[[Path], list[Command]]] = dict(
-    build=build_commands,
-    conformance=conformance_commands,
-    sanitizer=sanitizer_commands,
-    **{f"tokens_{q_len}": functools.partial(token_commands, q_len) for q_len in PUBLISHED_SIZES},
-    blocks=block_commands,
-    selection=selection_commands,
-    decoding=decoding_commands,
-    configs=config_commands,
+CONFIG_SIZES = dict(
+    tokens=[*PUBLISHED, "--q_len=32768", "--batch=2", "--generator=realistic"],
+    blocks=[*MHA, "--generator=random", "--q_block_size=128", "--kv_block_size=128", "--num_slots=26"],
 )
 
-# For tests, each array is an allocation: an access beyond it is seen, and processes share the GPU.
-ENVIRONMENT = dict(JAX_PLATFORMS="cuda,cpu")
-OF_TESTS = dict(XLA_PYTHON_CLIENT_ALLOCATOR="platform", XLA_PYTHON_CLIENT_PREALLOCATE="false")
+
+def config_commands(name: str, out: Path) -> list[Command]:
+    """A sweep of the Pallas kernels' configurations, of one of both ways to select."""
+    has_kernels = {"8.0": jax_compat.HAS_MOSAIC_GPU_FOR_AMPERE, "9.0": jax_compat.HAS_MOSAIC_GPU}
+    if not has_kernels.get(compute_capability()):
+        return []
+    sweep = ["--implementations=mosaic", "--mosaic_configs", "--baselines=", "--mode=forward_backward"]
+    rounds = ["--time_limit=5", "--repeats=10"]
+    return [benchmark_command(out / f"configs_{name}.json", *sweep, *CONFIG_SIZES[name], *rounds)]
+
+
+ENVIRONMENT = dict(JAX_PLATFORMS="cuda,cpu", PYTHONUNBUFFERED="1")
+
+
+@functools.cache
+def client_options() -> str:
+    """The source of what reads JAX's environment variables: their names and values are not those of every version."""
+    read = getattr(jaxlib.xla_client, "generate_pjrt_gpu_plugin_options", None)
+    return "" if read is None else inspect.getsource(read)
+
+
+def for_tests() -> dict[str, str]:
+    """Each array is an allocation: an access beyond it is seen, and processes share the GPU. XLA tunes nothing of its own."""
+    return dict(
+        XLA_PYTHON_CLIENT_ALLOCATOR="platform",
+        XLA_PYTHON_CLIENT_PREALLOCATE="false",
+        XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip(),
+        JAX_COMPILATION_CACHE_DIR=str(Path(tempfile.gettempdir()) / "sparse_attn_jax_compiled"),
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+    )
+
+
+def for_sanitizers() -> dict[str, str]:
+    """An allocator that leaves the bounds of arrays to be seen."""
+    return for_tests() | dict(XLA_PYTHON_CLIENT_ALLOCATOR="address" if "'address'" in client_options() else "platform")
+
+
+def beside_torch() -> dict[str, str]:
+    """JAX would take three quarters of the memory, of which torch needs as much."""
+    names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+    if any(os.environ.get(name) for name in names):
+        return {}
+    return {next((name for name in names if f"'{name}'" in client_options()), names[-1]): ".45"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What can be run alone.
+
+    Attributes:
+      commands: makes them for a folder of results, on this GPU.
+      environment: gives variables for them.
+      complaint: says what is wrong with the results although all commands passed; or `None`.
+    """
+
+    commands: Callable[[Path], list[Command]]
+    environment: Callable[[], dict[str, str]] = dict
+    complaint: Callable[[Path], str | None] = lambda out: None
+
+
+def make_stages() -> dict[str, Stage]:
+    bind = functools.partial
+    tokens = {f"tokens_{q_len}": Stage(bind(token_commands, q_len), beside_torch) for q_len in PUBLISHED_SIZES}
+    names = {f"blocks_{block}_{num_slots}": (block, num_slots) for block, num_slots in BLOCK_LISTS}
+    return dict(
+        build=Stage(build_commands),
+        conformance=Stage(bind(kernel_tests, "conformance", False), for_tests),
+        tokens_32768=tokens.pop("tokens_32768"),
+        blocks_all=Stage(dense_commands, beside_torch),
+        selection=Stage(selection_commands),
+        decoding=Stage(decoding_commands),
+        **{
+            f"sanitizer_{tool}": Stage(bind(sanitizer_commands, tool), for_sanitizers, bind(sanitizer_complaint, tool))
+            for tool in SANITIZERS
+        },
+        **{name: Stage(bind(block_commands, *lists, name), beside_torch) for name, lists in names.items()},
+        **tokens,
+        **{f"configs_{name}": Stage(bind(config_commands, name)) for name in CONFIG_SIZES},
+        random_calls=Stage(bind(kernel_tests, "random_calls", True), for_tests),
+    )
+
+
+STAGES = make_stages()
+
+# What a command has to end by itself, once it is asked to.
+SECONDS_TO_END = 10
 
 
 def importable(module: str) -> bool:
     return subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True).returncode == 0
 
 
-def run_stage(commands: list[Command], environment: dict[str, str], log: Path, time_limit: float) -> str:
-    """Runs commands one after the other, into the log, and says how it went: "passed", or what happened."""
+@functools.cache
+def why_no_gpu() -> str | None:
+    """Why JAX does not run on a GPU here, or `None`."""
+    found = subprocess.run(ON_A_GPU, env=os.environ | ENVIRONMENT, cwd=ROOT, capture_output=True, text=True)
+    return None if found.returncode == 0 else " ".join(["JAX has no GPU:", *found.stderr.strip().splitlines()[-1:]])
+
+
+def run_stage(
+    commands: list[Command], environment: dict[str, str], log: Path, time_limit: float, *, stops: bool = False
+) -> list[str]:
+    """Runs commands one after the other, into the log, and returns what failed. With `stops` nothing is run after that."""
     deadline = time.monotonic() + time_limit
+    failed = []
     with open(log, "w") as output:
+        print(f"with {environment}", file=output)
         for command in commands:
             text = " ".join(map(str, command))
+            if time.monotonic() >= deadline or (failed and stops):
+                failed.append(f"not run: {text}")
+                continue
             print(f"$ {text}", file=output, flush=True)
-            options = dict(cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-            process = subprocess.Popen([*map(str, command)], env=os.environ | environment, **options)
-            try:
-                status = process.wait(timeout=max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                return f"ended after {time_limit:g} s: {text}"
-            if status != 0:
-                return f"exit status {status}: {text}"
-    return "passed"
+            options = dict(cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+            # A group of its own, which ends together; in this session, so that who ends that ends it too.
+            process = subprocess.Popen([*map(str, command)], env=os.environ | environment, process_group=0, **options)
+            status = wait(process, deadline - time.monotonic())
+            if status is None:
+                failed.append(f"ended after {time_limit:g} s: {text}")
+            elif status != 0:
+                failed.append(f"exit status {status}: {text}")
+    return failed
 
 
-def run_one(stage: str, out: Path) -> dict:
-    start = time.monotonic()
+def wait(process: subprocess.Popen, seconds: float) -> int | None:
+    """The exit status; or `None` if the process was ended, after it was asked to, which lets tests say what had passed."""
+    status = None
     try:
-        environment = ENVIRONMENT | (OF_TESTS if stage in ("conformance", "sanitizer") else {})
-        found = run_stage(STAGES[stage](out), environment, out / f"{stage}.log", FLAGS.time_limit)
-    except (OSError, subprocess.CalledProcessError) as error:  # a program that is not there, or says no
-        found = str(error)
-    return dict(result=found, seconds=round(time.monotonic() - start, 1), **device())
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            status = process.wait(timeout=max(0.0, seconds))
+        if status is None:
+            os.killpg(process.pid, signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=SECONDS_TO_END)
+    finally:  # also where this program is itself ended
+        if status is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return status
+
+
+def run_one(name: str, out: Path) -> dict:
+    start, stage, is_build = time.monotonic(), STAGES[name], name == "build"
+    try:
+        if not is_build and (reason := why_no_gpu()) is not None:
+            failed = [reason]
+        else:
+            environment = ENVIRONMENT | stage.environment()
+            failed = run_stage(stage.commands(out), environment, out / f"{name}.log", FLAGS.time_limit, stops=is_build)
+            failed += filter(None, [stage.complaint(out)])
+    except (OSError, subprocess.SubprocessError) as error:  # a program that is not there, or says no
+        failed = [str(error)]
+    return dict(result="; ".join(failed) or "passed", seconds=round(time.monotonic() - start, 1), **device())
 
 
 def device() -> dict[str, str]:
@@ -241,12 +391,18 @@ def main(argv: list[str]) -> int:
         print(f"{stage} ...", flush=True)
         results[stage] = run_one(stage, out)
         print(f"{stage}: {results[stage]['result']} ({results[stage]['seconds']} s)", flush=True)
-        summary.write_text(json.dumps(results, indent=2) + "\n")
+        files.write_json(summary, results)
+        if FLAGS.archive:
+            files.write_archive(FLAGS.archive, out)
+        if stage == "build" and results[stage]["result"] != "passed":
+            return 1  # of what would be tested and timed
     return int(any(results[stage]["result"] != "passed" for stage in stages))
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("out", None, "Folder of the logs and the summary.", required=True)
     flags.DEFINE_list("stage", [], "Stages to run; all if empty.")
+    flags.DEFINE_string("archive", None, "Write all files of --out to this one as well, a compressed tar file.")
     flags.DEFINE_integer("time_limit", 480, "Seconds after which a stage is ended.", lower_bound=1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # and with it what it runs
     app.run(main)

@@ -2,10 +2,8 @@
 
 import dataclasses
 import itertools
-import json
 import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from benchmarks.contenders import FORWARD, FORWARD_BACKWARD
 from benchmarks.measure import TIMED, Outcome, Row
@@ -39,7 +37,8 @@ def describe(workload: Workload) -> str:
 def format_outcome(outcome: Outcome, matmul_size: int) -> str:
     """The table of one workload under its description."""
     matmul = f"; matmul {matmul_size}^3 at {outcome.matmul_tflops:.3g} TFLOP/s" if outcome.matmul_tflops else ""
-    title = f"{describe(outcome.workload)}; density {outcome.density:.3f}{matmul}"
+    checked = f"; checked: {outcome.checked}" if outcome.checked else ""
+    title = f"{describe(outcome.workload)}; density {outcome.density:.3f}{matmul}{checked}"
     return f"{title}\n\n{format_table(*table_of(outcome.rows))}"
 
 
@@ -54,7 +53,8 @@ def table_of(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         times = [number(x, ".2f") for x in (row.median_ms, row.p10_ms, row.p90_ms)]
         rates = [number(row.useful_tflops, ".4f"), number(row.percent_of_matmul, ".1f")]
         peak = None if row.peak_memory_bytes is None else row.peak_memory_bytes / 2**20
-        note = "" if row.status == TIMED else f"{row.status}: {row.reason.split('. ')[0]}"
+        note = "" if row.reason is None else row.reason.split(". ")[0]
+        note = note if row.status == TIMED else f"{row.status}: {note}"
         cells.append([row.contender, MODE_LABELS[row.mode], *times, *rates, *ratios, number(peak, ".1f"), note])
     return header, cells
 
@@ -133,15 +133,11 @@ def as_data(machine: dict, seed: int, sections: Sequence[tuple[str, Sequence[Out
         selector = outcome.workload.selector
         selector = None if selector is None else dataclasses.asdict(selector)
         case = dataclasses.asdict(outcome.workload.case)
-        return dict(case=case, selector=selector, density=outcome.density, matmul_tflops=outcome.matmul_tflops, rows=rows)
+        speeds = dict(density=outcome.density, matmul_tflops=outcome.matmul_tflops)
+        return dict(case=case, selector=selector, **speeds, checked=outcome.checked, rows=rows)
 
     data = [
         dict(title=title, summaries=summarize(outcomes), workloads=[outcome_data(outcome) for outcome in outcomes])
         for title, outcomes in sections
     ]
     return dict(schema=SCHEMA, machine=machine, seed=seed, sections=data, memory=list(memory))
-
-
-def write_json(path: str, data: dict) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(data, indent=1) + "\n")

@@ -1,8 +1,9 @@
 """Times block-sparse attention, and the selection of blocks, side by side with other people's attention.
 
-Every contender's result is first checked against the definition in float64 (on sampled queries where sizes are large); one
-that is wrong is reported, not timed, and the exit status is 1. The others are timed in turn, round after round, on random
-data; a sweep of lengths is timed in the same rounds. A baseline that cannot run says why in the table.
+Every contender's result is first checked against the definition in float64 (where sizes are large on sampled queries, where
+they are very large on those of one batch row and KV head, which the table then says); one that is wrong, or fails, is
+reported, not timed, and the exit status is 1. The others are timed in turn, round after round, on random data; a sweep of
+lengths is timed in the same rounds. A baseline that cannot run says why in the table. --json is written anew after each.
 
 Baselines: dense-xla and dense-cudnn are jax.nn.dot_product_attention, dense-mgpu is JAX's own FlashAttention-3 in Pallas,
 torch-sdpa is scaled_dot_product_attention (all four attend to everything that causality allows); torch-flex is compiled
@@ -30,13 +31,15 @@ Memory at long context, without running anything: python -m benchmarks.memory
 """
 
 import sys
+from collections.abc import Iterator
 
+import jax
 from absl import app, flags, logging
 
 import sparse_attn_jax as sa
-from benchmarks import machine, memory, plot, report
+from benchmarks import files, machine, memory, plot, report
 from benchmarks.contenders import FORWARD, FORWARD_BACKWARD
-from benchmarks.measure import TIMED, WRONG, Outcome, Settings, measure
+from benchmarks.measure import BUGS, TIMED, Outcome, Settings, measure
 from benchmarks.presets import BASELINES, BOTH_PASSES, Section, make_contenders, readme_sections
 from benchmarks.workloads import Workload, named_workload, sized_case
 from sparse_attn_jax import jax_compat
@@ -44,6 +47,8 @@ from sparse_attn_jax.testing.cases import CASES
 
 IMPLEMENTATIONS = ("xla", "mosaic", "cuda")
 CUDA_ARCHS = ("sm80", "sm90")
+# Edges of a matmul that is long enough to reach the speed of the device, by platform.
+MATMUL_SIZES = dict(cpu=2048, gpu=8192)
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum(
@@ -73,7 +78,9 @@ flags.DEFINE_enum("generator", "realistic", ["random", "realistic", "local"], "H
 flags.DEFINE_integer("repeats", 20, "Rounds of timing.", lower_bound=1)
 flags.DEFINE_float("time_limit", 60.0, "Seconds of timing per workload after which no round starts, once there are three.")
 flags.DEFINE_integer("dense_max_len", 16384, "Dense baselines run up to this length (and only if they fit into memory).")
-flags.DEFINE_integer("matmul_size", 2048, "Edge of the square matmul that speeds are compared with.", lower_bound=1)
+flags.DEFINE_integer(
+    "matmul_size", None, f"Edge of the square matmul that speeds are compared with; default: {MATMUL_SIZES}.", lower_bound=1
+)
 flags.DEFINE_integer("seed", 0, "Of all data.")
 flags.DEFINE_string("json", None, "Write every figure to this file.")
 flags.DEFINE_string("plot", None, "Write time against length to this PNG file (needs matplotlib).")
@@ -93,7 +100,7 @@ def check_lists(values: dict[str, list[str]]) -> bool:
 
 
 def main(argv: list[str]) -> int:
-    """The exit status: 1 if a contender was wrong, or nothing could be timed."""
+    """The exit status: 1 if a contender was wrong or failed, or nothing could be timed."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     check_flags()
@@ -102,11 +109,20 @@ def main(argv: list[str]) -> int:
     print(f"{headline}\n\n{report.LEGEND}", flush=True)
     is_readme = FLAGS.preset == "readme"
     sections = readme_sections(FLAGS.seed, FLAGS.implementations, FLAGS.dense_max_len) if is_readme else [section_of_flags()]
-    settings = Settings(FLAGS.repeats, FLAGS.time_limit, FLAGS.seed, FLAGS.matmul_size)
-    results = [(section.title, run_section(section, settings)) for section in sections]
-    found_memory = report_memory() if is_readme else []
-    if FLAGS.json:
-        report.write_json(FLAGS.json, report.as_data(machine_data, FLAGS.seed, results, found_memory))
+    matmul_size = FLAGS.matmul_size or MATMUL_SIZES.get(jax.default_backend(), MATMUL_SIZES["cpu"])
+    settings = Settings(FLAGS.repeats, FLAGS.time_limit, FLAGS.seed, matmul_size)
+    results: list[tuple[str, list[Outcome]]] = []
+
+    def write(found_memory=()):
+        if FLAGS.json:
+            files.write_json(FLAGS.json, report.as_data(machine_data, FLAGS.seed, results, found_memory))
+
+    for section in sections:
+        results.append((section.title, []))
+        for outcome in run_section(section, settings):
+            results[-1][1].append(outcome)
+            write()
+    write(report_memory() if is_readme else ())
     if FLAGS.plot:
         plot.write_plot(FLAGS.plot, results, headline)
     return exit_status([outcome for _, outcomes in results for outcome in outcomes])
@@ -166,7 +182,7 @@ def sized_workload(q_len: int) -> Workload:
     return Workload(case, selector, FLAGS.generator)
 
 
-def run_section(section: Section, settings: Settings) -> list[Outcome]:
+def run_section(section: Section, settings: Settings) -> Iterator[Outcome]:
     """Measures a section, printing each table as soon as it is there."""
     print(f"\n## {section.title}\n" + (f"Goal: {section.goal}.\n" if section.goal else ""), flush=True)
     outcomes = []
@@ -174,8 +190,8 @@ def run_section(section: Section, settings: Settings) -> list[Outcome]:
         for outcome in measure(workloads, section.contenders, section.modes, settings):
             outcomes.append(outcome)
             print(f"{report.format_outcome(outcome, settings.matmul_size)}\n", flush=True)
+            yield outcome
     print("\n".join(f"- {line}" for line in report.summarize(outcomes)), flush=True)
-    return outcomes
 
 
 def report_memory() -> list[dict[str, int]]:
@@ -187,9 +203,9 @@ def report_memory() -> list[dict[str, int]]:
 def exit_status(outcomes: list[Outcome]) -> int:
     rows = [row for outcome in outcomes for row in outcome.rows]
     for row in rows:
-        if row.status == WRONG:
-            print(f"WRONG: {row.case}: {row.contender} {row.mode}: {row.reason}", file=sys.stderr)
-    return int(any(row.status == WRONG for row in rows) or not any(row.status == TIMED for row in rows))
+        if row.status in BUGS:
+            print(f"{row.status}: {row.case}: {row.contender} {row.mode}: {row.reason}", file=sys.stderr)
+    return int(any(row.status in BUGS for row in rows) or not any(row.status == TIMED for row in rows))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """InfLLM-v2's selection of a few queries from its definition, in float64 NumPy."""
 
+import itertools
+
 import jax
 import numpy as np
 
@@ -13,21 +15,18 @@ TIE_TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "float16": 2e-2, "bfloat16": 
 def assert_selection_is_right(indices: jax.Array, workload: Workload, made: Inputs, rows: np.ndarray) -> None:
     """Raises `AssertionError` unless the lists of the queries `rows` hold the forced blocks and the best of the others."""
     selector = workload.selector
-    query, key = (np.asarray(made.operands[name], np.float64) for name in ("query", "key"))
-    (batch, q_len), kv_len = query.shape[:2], key.shape[1]
+    (batch, q_len), kv_len = made.operands["query"].shape[:2], made.operands["key"].shape[1]
+    query, key = (np.asarray(x, np.float64) for x in (made.operands["query"][:, rows], made.operands["key"]))
     units, coarse = (mean_units(key, *sizes) for sizes in unit_sizes(selector))
     heads, top_k = indices.shape[1], indices.shape[3]
-    wanted_shape = (batch, key.shape[2], q_len, selector.top_k)
-    assert indices.shape == wanted_shape, f"`indices` has shape {indices.shape}, expected {wanted_shape}."
+    lists = np.asarray(indices[:, :, rows])
     group = query.shape[2] // heads
     is_causal = made.options.get("is_causal", False)
-    for b, h, row in ((b, h, row) for b in range(batch) for h in range(heads) for row in rows):
+    for b, h, (i, row) in itertools.product(range(batch), range(heads), enumerate(rows)):
         position = row + kv_len - q_len
         last = position if is_causal else kv_len
-        scores = block_scores(
-            query[b, row, h * group : (h + 1) * group], units[b, :, h], coarse[b, :, h], last, kv_len, selector
-        )
-        found = np.asarray(indices[b, h, row])
+        scores = block_scores(query[b, i, h * group : (h + 1) * group], units[b, :, h], coarse[b, :, h], last, kv_len, selector)
+        found = lists[b, h, i]
         assert_best(found[found >= 0], scores, position, is_causal, top_k, selector, made.dtype, f"row {row} of head {h}")
 
 

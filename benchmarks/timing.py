@@ -1,9 +1,12 @@
 """Times several contenders in turn, so that a change of the machine's mood meets them all."""
 
+import dataclasses
 import random
 import time
 from collections.abc import Callable
+from typing import Any
 
+import jax
 import numpy as np
 
 from benchmarks.progress import Progress
@@ -16,19 +19,48 @@ MIN_ROUNDS = 3
 SHORT_CALL_SECONDS = 1.0
 SETTLE_SECONDS = 0.01
 
-Call = Callable[[], None]  # runs once, and returns when the result is there
+Call = Callable[[], Any]  # runs once, and returns when the result is there
 
 
-def time_interleaved(calls: dict[str, Call], *, repeats: int, seconds: float) -> dict[str, list[float]]:
+@dataclasses.dataclass(frozen=True)
+class Enqueued:
+    """A call in two parts. On an accelerator those of a sample are started one after another, and waited for once.
+
+    Attributes:
+      start: returns what to wait for, perhaps before it is there.
+      wait: until it, and all that was started before, is there.
+    """
+
+    start: Callable[[], Any]
+    wait: Callable[[Any], Any]
+
+    def __call__(self) -> None:
+        self.wait(self.start())
+
+
+def time_interleaved(
+    calls: dict[Any, Call], *, repeats: int, seconds: float, on_failure: Callable[[Any, Exception], None] | None = None
+) -> dict[Any, list[float]]:
     """Seconds per call of every contender, one sample in each round, after a warm-up. The order changes from round to round.
 
     Args:
       calls: by name.
       repeats: rounds.
       seconds: no round starts later than this, once there are three.
+      on_failure: takes the name of a call that fails, which has no more turns, and the error. Default: raise it.
     """
-    expected = {name: warm_up(call) for name, call in calls.items()}
-    samples = {name: [] for name in calls}
+    calls, samples = dict(calls), {name: [] for name in calls}
+
+    def attempt(run, name, *arguments):
+        try:
+            return run(calls[name], *arguments)
+        except Exception as error:
+            if on_failure is None:
+                raise
+            del calls[name]
+            on_failure(name, error)
+
+    expected = {name: attempt(warm_up, name) for name in samples}
     order = random.Random(0)
     progress = Progress(repeats * len(calls), "timing")
     started = time.monotonic()
@@ -36,8 +68,9 @@ def time_interleaved(calls: dict[str, Call], *, repeats: int, seconds: float) ->
         if round_number >= MIN_ROUNDS and time.monotonic() - started > seconds:
             break
         for name in order.sample(list(calls), len(calls)):
-            samples[name].append(sample(calls[name], expected[name]))
-            progress.step(name)
+            if (found := attempt(sample, name, expected[name])) is not None:
+                samples[name].append(found)
+            progress.step(str(name))
     progress.close()
     return samples
 
@@ -59,8 +92,14 @@ def sample(call: Call, expected: float) -> float:
 def time_calls(call: Call, count: int) -> float:
     """Seconds per call, over `count` calls one after another."""
     start = time.perf_counter()
-    for _ in range(count):
-        call()
+    if isinstance(call, Enqueued) and jax.default_backend() != "cpu":
+        # A wait for each would count the way there and back with the kernel. A CPU would run them beside each other.
+        for _ in range(count):
+            result = call.start()
+        call.wait(result)
+    else:
+        for _ in range(count):
+            call()
     return (time.perf_counter() - start) / count
 
 

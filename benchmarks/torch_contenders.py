@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import contenders, machine
+from benchmarks import contenders, machine, timing
 from benchmarks.contenders import Prepared
 from benchmarks.workloads import Workload
 from sparse_attn_jax.testing.inputs import Inputs
 
-# Query tokens per row of the block mask, about, where the selection's query blocks are smaller.
-FLEX_TILE = 64
+# Tokens of a tile of the block mask, about, of queries and of keys, where the selection's blocks are smaller. torch's kernels
+# for Hopper GPUs work in steps of up to 128, which have to divide the tiles.
+FLEX_TILES = dict(cpu=(64, 1), cuda=(128, 128))
 # Every shape and mask is compiled anew; torch gives up after a few by default.
 RECOMPILE_LIMIT = 1024
 
@@ -54,7 +55,7 @@ class TorchSdpa:
 
 @dataclasses.dataclass(frozen=True)
 class TorchFlex:
-    """Compiled `flex_attention`: the selected blocks as a `BlockMask`, lists per token by a look-up in its `mask_mod`."""
+    """Compiled `flex_attention`: the selected blocks as a `BlockMask`, where they are finer by a look-up in `mask_mod`."""
 
     name = "torch-flex"
     kind = "baseline"
@@ -100,42 +101,43 @@ def torch_device() -> str:
 
 
 def make_block_mask(torch, made: Inputs) -> Any:
-    """The `BlockMask` of a selection: blocks that are visible to all of a row's queries are marked full."""
+    """The `BlockMask` of a selection: tiles that are visible to all of their queries are marked full."""
     selection, (q_len, kv_len) = made.selection, contenders.lengths(made)
     chosen = np.array(selection.to_block_mask(kv_len))  # [batch or 1, heads, rows, num_kv_blocks]
-    rows_per_tile = max(1, FLEX_TILE // selection.q_block_size)
-    has_own_lists = rows_per_tile > 1
-    q_block = selection.q_block_size * rows_per_tile
-    listed = union_of_rows(chosen, rows_per_tile)
-    first = np.arange(listed.shape[2])[:, None] * q_block
-    last = np.minimum(first + q_block, q_len) - 1
+    sizes = selection.q_block_size, selection.kv_block_size
+    per_tile = tuple(max(1, tile // size) for tile, size in zip(FLEX_TILES[torch_device()], sizes))
+    q_tile, kv_tile = (size * count for size, count in zip(sizes, per_tile))
     is_causal = made.options.get("is_causal", False)
     offset = made.options.get("q_offset", kv_len - q_len) if is_causal else kv_len
-    start = np.arange(listed.shape[3]) * selection.kv_block_size
+    listed, is_full = tiles_of(chosen, per_tile)
+    first = np.arange(listed.shape[2])[:, None] * q_tile
+    last = np.minimum(first + q_tile, q_len) - 1
+    start = np.arange(listed.shape[3]) * kv_tile
+    end = start + kv_tile
     listed = listed & (start <= last + offset)
-    end = start + selection.kv_block_size
-    is_full = listed & (end - 1 <= first + offset) & (end <= kv_len) & (first + q_block <= q_len) & (not has_own_lists)
-    lookup = torch.from_numpy(chosen).to(torch_device()) if has_own_lists else None
+    is_full = listed & is_full & (end - 1 <= first + offset) & (end <= kv_len) & (first + q_tile <= q_len)
+    lookup = torch.from_numpy(chosen).to(torch_device()) if per_tile != (1, 1) else None
     repeats = made.operands["query"].shape[2] // chosen.shape[1]
     mask_mod = make_mask_mod(lookup, selection, repeats, offset if is_causal else None)
     partial, full = (lists_of(torch, mask, 1 if mask.shape[1] == 1 else repeats) for mask in (listed & ~is_full, is_full))
-    sizes = dict(BLOCK_SIZE=(q_block, selection.kv_block_size), seq_lengths=(q_len, kv_len))
-    return torch.nn.attention.flex_attention.BlockMask.from_kv_blocks(*partial, *full, mask_mod=mask_mod, **sizes)
+    geometry = dict(BLOCK_SIZE=(q_tile, kv_tile), seq_lengths=(q_len, kv_len))
+    return torch.nn.attention.flex_attention.BlockMask.from_kv_blocks(*partial, *full, mask_mod=mask_mod, **geometry)
 
 
-def union_of_rows(chosen: np.ndarray, rows_per_tile: int) -> np.ndarray:
-    """[batch, heads, rows, blocks] to [batch, heads, tiles, blocks]: what any row of a tile chose."""
-    padding = -chosen.shape[2] % rows_per_tile
-    padded = np.pad(chosen, [(0, 0), (0, 0), (0, padding), (0, 0)])
-    return padded.reshape(*chosen.shape[:2], -1, rows_per_tile, chosen.shape[3]).any(axis=3)
+def tiles_of(chosen: np.ndarray, per_tile: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """[batch, heads, rows, blocks] to two of [batch, heads, row tiles, block tiles]: what any row of a tile chose of it, and
+    what all chose whole. `per_tile`: rows and blocks of a tile."""
+    padded = np.pad(chosen, [(0, 0), (0, 0), *((0, -size % count) for size, count in zip(chosen.shape[2:], per_tile))])
+    rows, blocks = (size // count for size, count in zip(padded.shape[2:], per_tile))
+    tiles = padded.reshape(*chosen.shape[:2], rows, per_tile[0], blocks, per_tile[1])
+    return tiles.any(axis=(3, 5)), tiles.all(axis=(3, 5))
 
 
 def lists_of(torch, mask: np.ndarray, repeats: int) -> tuple[Any, Any]:
     """Counts [batch, heads, tiles] and ids [batch, heads, tiles, blocks], the chosen ones first: int32."""
-    mask = mask.repeat(repeats, axis=1)
     ids = np.argsort(~mask, axis=-1, kind="stable").astype(np.int32)
     counts = mask.sum(axis=-1, dtype=np.int32)
-    return tuple(torch.from_numpy(x).to(torch_device()) for x in (counts, ids))
+    return tuple(torch.from_numpy(x.repeat(repeats, axis=1)).to(torch_device()) for x in (counts, ids))
 
 
 def make_mask_mod(lookup, selection, repeats: int, offset: int | None):
@@ -159,7 +161,8 @@ def to_torch(torch, x: jax.Array) -> Any:
 
 
 def from_torch(x) -> np.ndarray:
-    return x.detach().transpose(1, 2).double().cpu().numpy()
+    """In float64, which is made on the CPU: the device may have no room for it."""
+    return x.detach().cpu().double().numpy()
 
 
 def prepare_torch(torch, attend, made: Inputs, mode: str) -> Prepared:
@@ -173,20 +176,21 @@ def prepare_torch(torch, attend, made: Inputs, mode: str) -> Prepared:
         with torch.set_grad_enabled(needs_gradient):
             out = attend(*operands.values())
         gradients = torch.autograd.grad(out, operands.values(), d_out) if needs_gradient else ()
-        if torch_device() == "cuda":
-            torch.cuda.synchronize()
         return dict(out=out) | {f"d_{name}": x for name, x in zip(operands, gradients)}
 
+    def wait(found):
+        if torch_device() == "cuda":
+            torch.cuda.synchronize()
+
     def results(d_out):
-        return {name: from_torch(x) for name, x in run(to_torch(torch, d_out)).items()}
+        found = run(to_torch(torch, d_out))
+        wait(found)
+        return {name: x.transpose(1, 2) for name, x in found.items()}
 
     d_out = to_torch(torch, made.d_out)
-
-    def call():
-        run(d_out)
-
+    call = timing.Enqueued(lambda: run(d_out), wait)
     call()
-    return Prepared(call, results, measure_memory(torch, call))
+    return Prepared(call, results, measure_memory(torch, call), from_torch)
 
 
 def measure_memory(torch, call) -> int | None:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -20,13 +21,25 @@ from absl import app, flags
 from absl.testing import flagsaver
 
 import sparse_attn_jax as sa
-from benchmarks import checks, decode, gpu_suite, memory, presets, report, run, timing, workloads
-from benchmarks.contenders import Implementation
-from benchmarks.measure import TIMED, UNAVAILABLE, WRONG, Outcome, Row
+from benchmarks import (
+    checks,
+    decode,
+    files,
+    gpu_suite,
+    memory,
+    presets,
+    report,
+    run,
+    timing,
+    torch_contenders,
+    workloads,
+)
+from benchmarks.contenders import Implementation, Selector
+from benchmarks.measure import FAILED, TIMED, UNAVAILABLE, WRONG, Outcome, Row
 from benchmarks.mgpu_contender import attend_densely
 from benchmarks.presets import BASELINES
 from benchmarks.workloads import Workload, sized_case
-from sparse_attn_jax import jax_compat
+from sparse_attn_jax import dispatch, jax_compat
 from sparse_attn_jax.implementations.cuda import library
 from sparse_attn_jax.testing import compare
 from sparse_attn_jax.testing.cases import CASES, case_named
@@ -148,7 +161,7 @@ def test_cuda_arch_without_cuda_is_refused(tmp_path):
 @pytest.mark.parametrize("capability", ["8.0", "9.0"])
 def test_flags_of_the_gpu_suite_are_those_of_the_benchmark(capability, monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_suite, "compute_capability", lambda: capability)
-    commands = [command for stage in gpu_suite.STAGES.values() for command in stage(tmp_path)]
+    commands = [command for stage in gpu_suite.STAGES.values() for command in stage.commands(tmp_path)]
     benchmarks = [command[3:] for command in commands if command[1:3] == ["-m", "benchmarks.run"]]
     assert len(benchmarks) > 8 and any("--cuda_arch=sm90,sm80" in command for command in benchmarks) == (capability == "9.0")
     for arguments in benchmarks:
@@ -198,7 +211,7 @@ def test_decoding_is_checked_and_timed(decode_flags, tmp_path, monkeypatch, caps
 @pytest.mark.parametrize("capability, archs", [("8.0", ["sm80"]), ("9.0", ["sm90", "sm80"])])
 def test_flags_of_the_decoding_stage_are_those_of_the_benchmark(decode_flags, capability, archs, monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_suite, "compute_capability", lambda: capability)
-    _, command = gpu_suite.decoding_commands(tmp_path)
+    (command,) = gpu_suite.decoding_commands(tmp_path)
     decode_flags(command[2:])
     assert decode_flags.cuda_arch == archs and decode_flags.implementations == ["xla", "cuda"]
 
@@ -297,6 +310,79 @@ def test_wrong_baseline_is_not_timed_and_the_others_are(tmp_path, monkeypatch):
     assert rows["xla", "forward"]["ratios"] == {}
 
 
+def fails(*arguments, **options):
+    raise RuntimeError("no image\nfor this device")
+
+
+def test_failure_of_ours_leaves_the_others(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sa, "block_sparse_attention", fails)
+    status, data = run_cli(tmp_path, *SMALL, "--baselines=dense-xla")
+    rows = by_name(data)
+    assert status == 1 and all(rows["dense-xla", mode]["median_ms"] for mode in MODES)
+    assert [rows["xla", mode]["status"] for mode in MODES] == [FAILED, FAILED]
+    assert rows["xla", "forward"]["reason"] == "no image" and rows["xla", "forward"]["median_ms"] is None
+    captured = capsys.readouterr()
+    assert "failed: no image" in captured.out and "in fails" in captured.err
+
+
+def test_failure_in_a_check_leaves_the_others(tmp_path, monkeypatch):
+    right = checks.Checker.error_of
+    fail_ours = lambda self, contender, *x: fails() if contender.name == "xla" else right(self, contender, *x)
+    monkeypatch.setattr(checks.Checker, "error_of", fail_ours)
+    status, data = run_cli(tmp_path, *SMALL, "--baselines=dense-xla", "--mode=forward")
+    assert status == 1
+    assert {name: row["status"] for (name, _), row in by_name(data).items()} == {"xla": FAILED, "dense-xla": TIMED}
+
+
+def test_baselines_keep_their_times_when_the_device_is_lost(tmp_path, monkeypatch):
+    """Everything fails as soon as something of ours runs."""
+    lost = []
+    time_calls = timing.time_calls
+    monkeypatch.setattr(timing, "time_calls", lambda *x: fails() if lost else time_calls(*x))
+    right = checks.Checker.error_of
+    lose = lambda self, contender, *x: lost.append(1) if contender.name == "xla" else right(self, contender, *x)
+    monkeypatch.setattr(checks.Checker, "error_of", lose)
+    status, data = run_cli(tmp_path, *SMALL, "--baselines=dense-xla", "--mode=forward")
+    rows = by_name(data)
+    baseline, ours = rows["dense-xla", "forward"], rows["xla", "forward"]
+    assert status == 1 and ours["status"] == FAILED and ours["median_ms"] is None
+    assert baseline["status"] == TIMED and baseline["median_ms"] and baseline["repeats"] == 1
+    assert "timed before the others; with them: no image" in baseline["reason"]
+
+
+def test_interruption_is_no_failure(tmp_path, monkeypatch):
+    monkeypatch.setattr(sa, "block_sparse_attention", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run_cli(tmp_path, *SMALL, "--baselines=")
+
+
+def test_json_is_written_after_each_workload(tmp_path, monkeypatch):
+    found = tmp_path / "found.json"
+    seen = []
+
+    def record(*arguments):
+        seen.append(len(rows_of(json.loads(found.read_text()))) if found.exists() else 0)
+        return one_after_another(*arguments)
+
+    one_after_another = run.measure
+    monkeypatch.setattr(run, "measure", record)
+    run_cli(tmp_path, "--cases=group1,odd_prefix", "--baselines=", "--mode=forward", *QUICK)
+    assert seen == [0, 1]
+
+
+def test_files_are_replaced_at_once(tmp_path):
+    path = tmp_path / "found.json"
+    files.write_json(path, dict(first=1))
+    with pytest.raises(TypeError):
+        files.write_json(path, dict(second=object()))
+    assert json.loads(path.read_text()) == dict(first=1)
+    archive = tmp_path / "all.tar.gz"
+    for _ in range(2):
+        files.write_archive(archive, tmp_path)
+    with tarfile.open(archive) as opened:
+        assert opened.getnames() == [f"{tmp_path.name}/found.json"]
+
+
 @pytest.mark.parametrize("change", ["swapped", "dropped"])
 def test_wrong_selection_is_not_timed(tmp_path, monkeypatch, change):
     select = sa.selectors.InfLLMV2.__call__
@@ -350,6 +436,170 @@ def test_pairs_are_counted_from_lists(case):
     assert workloads.count_pairs(made, "selected") == compare.mask_of(made).sum()
 
 
+@pytest.fixture
+def everything_is_large(monkeypatch):
+    monkeypatch.setattr(checks, "MAX_REFERENCE_SCORES", 2**10)
+    monkeypatch.setattr(checks, "MAX_UNSAMPLED_ROWS", 16)
+    monkeypatch.setattr(workloads, "LARGE_SIZE", 0)
+
+
+LARGE = ["--batch=2", *SMALL, "--num_q_heads=4", "--num_kv_heads=2"]
+
+
+@pytest.mark.usefixtures("everything_is_large")
+def test_of_large_workloads_a_part_is_checked(tmp_path, capsys):
+    status, data = run_cli(tmp_path, *LARGE, "--op=both", "--baselines=dense-xla")
+    assert status == 0 and {row["status"] for row in rows_of(data)} == {TIMED}
+    assert "checked: batch row 1 with KV head 1" in capsys.readouterr().out
+    assert data["sections"][0]["workloads"][0]["checked"] == "batch row 1 with KV head 1"
+
+
+@pytest.mark.usefixtures("everything_is_large")
+@pytest.mark.parametrize("wrong", WRONG_ATTENTION)
+def test_wrong_attention_of_a_large_workload_is_seen(tmp_path, monkeypatch, wrong):
+    wrong = (lambda *x, **y: attend(*x, **y).at[1, 0].set(jnp.nan)) if wrong is not_a_number else wrong
+    monkeypatch.setattr(sa, "block_sparse_attention", lambda query, key, value, **options: wrong(query, key, value, **options))
+    status, data = run_cli(tmp_path, *LARGE, "--baselines=", "--mode=forward_backward", "--generator=local")
+    assert status == 1 and [row["status"] for row in rows_of(data)] == [WRONG]
+
+
+@pytest.mark.usefixtures("everything_is_large")
+def test_inputs_of_large_workloads_are_like_the_others():
+    sizes = dict(batch=2, q_len=512, kv_len=None, num_q_heads=4, num_kv_heads=2, head_dim=16, q_block_size=1, kv_block_size=16)
+    case = sized_case(seed=0, num_slots=4, indices="random", is_causal=True, dtype="bfloat16", **sizes)
+    drawn, made = workloads.make_inputs(case), make_inputs(case)
+    leaves = lambda x: [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((x.operands, x.selection, x.d_out, x.d_lse))]
+    assert leaves(drawn) == leaves(made) and drawn.options == made.options
+    np.testing.assert_array_equal(drawn.selection.indices, made.selection.indices)
+    for x in [*drawn.operands.values(), drawn.d_out]:
+        assert abs(np.mean(x, dtype=float)) < 0.05 and abs(np.std(x, dtype=float) - 1) < 0.05
+
+
+def test_tiles_of_a_block_mask():
+    chosen = np.random.default_rng(0).random((1, 2, 5, 7)) < 0.6
+    chosen[0, 0, :2, 3:6] = True
+    some, whole = torch_contenders.tiles_of(chosen, (2, 3))
+    assert some.shape == whole.shape == (1, 2, 3, 3) and whole[0, 0, 0, 1] and not whole[:, :, 2].any()
+    for tile in np.ndindex(3, 3):
+        part = chosen[:, :, 2 * tile[0] : 2 * tile[0] + 2, 3 * tile[1] : 3 * tile[1] + 3]
+        np.testing.assert_array_equal(some[:, :, *tile], part.any(axis=(2, 3)))
+        assert (whole[:, :, *tile] <= part.all(axis=(2, 3))).all()
+    same, all_of_it = torch_contenders.tiles_of(chosen, (1, 1))
+    np.testing.assert_array_equal(same, chosen)
+    np.testing.assert_array_equal(all_of_it, chosen)
+
+
+def test_matmul_is_larger_on_a_gpu(tmp_path, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(run, "run_section", lambda section, settings: sizes.append(settings.matmul_size) or [])
+    with flagsaver.flagsaver():
+        flags.FLAGS(["run", "--baselines="])
+        for backend in ("cpu", "gpu"):
+            monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+            run.main(["run"])
+    assert sizes == [2048, 8192]
+
+
+def test_selector_runs_by_one_implementation_on_any_gpu(monkeypatch):
+    """Also where the order of preference is another."""
+    default_order = dispatch.default_order
+    monkeypatch.setattr(
+        dispatch, "default_order", lambda problem: default_order(dataclasses.replace(problem, compute_capability="8.0"))
+    )
+    sizes = dict(batch=1, q_len=300, kv_len=None, num_q_heads=2, num_kv_heads=1, head_dim=16, q_block_size=1, kv_block_size=16)
+    case = sized_case(seed=0, num_slots=5, indices="random", is_causal=True, dtype="float32", **sizes)
+    workload = Workload(case, sa.selectors.InfLLMV2(top_k=5, block_size=16, num_local_blocks=2))
+    made = workload.make_inputs()
+    found = Selector("xla").prepare(workload, made, "forward").results(made.d_out)["indices"]
+    np.testing.assert_array_equal(found, made.selection.indices)
+    with pytest.raises(NotImplementedError, match="cuda: "):
+        Selector("cuda").prepare(workload, made, "forward")
+
+
+def suite_results(monkeypatch, tmp_path, *stages, **options) -> tuple[int, dict[str, str]]:
+    """Exit status, and results by stage, of the suite with these stages in place of its own."""
+    monkeypatch.setattr(gpu_suite, "STAGES", dict(stages))
+    monkeypatch.setattr(gpu_suite, "why_no_gpu", lambda: None)
+    values = dict(out=str(tmp_path), stage=[], archive=None, time_limit=60) | options
+    monkeypatch.setattr(gpu_suite, "FLAGS", SimpleNamespace(**values))
+    status = gpu_suite.main(["gpu_suite"])
+    return status, {name: found["result"] for name, found in json.loads((tmp_path / "summary.json").read_text()).items()}
+
+
+def python_stage(*programs: str, **options) -> gpu_suite.Stage:
+    return gpu_suite.Stage(lambda out: [[sys.executable, "-c", program] for program in programs], **options)
+
+
+def test_commands_after_a_failure_are_run(monkeypatch, tmp_path):
+    stages = (("one", python_stage("raise SystemExit(7)", "print('second')")), ("two", python_stage("print('third')")))
+    status, found = suite_results(monkeypatch, tmp_path, *stages, archive=str(tmp_path / "all.tar.gz"))
+    assert status == 1 and found["two"] == "passed"
+    assert found["one"].startswith("exit status 7: ") and "second" not in found["one"]
+    assert "\nsecond" in (tmp_path / "one.log").read_text()
+    with tarfile.open(tmp_path / "all.tar.gz") as archive:
+        assert {Path(name).name for name in archive.getnames()} == {"one.log", "two.log", "summary.json"}
+
+
+def test_failed_build_ends_the_suite(monkeypatch, tmp_path):
+    stages = (("build", python_stage("raise SystemExit(7)", "print('second')")), ("two", python_stage("print('third')")))
+    status, found = suite_results(monkeypatch, tmp_path, *stages)
+    assert status == 1 and set(found) == {"build"} and "not run: " in found["build"]
+    assert "\nsecond" not in (tmp_path / "build.log").read_text()
+
+
+def test_without_a_gpu_nothing_is_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_suite, "FLAGS", SimpleNamespace(time_limit=60))
+    monkeypatch.setattr(gpu_suite, "why_no_gpu", lambda: "JAX has no GPU")
+    monkeypatch.setattr(gpu_suite, "STAGES", dict(one=python_stage("print('x')")))
+    assert gpu_suite.run_one("one", tmp_path)["result"] == "JAX has no GPU" and not (tmp_path / "one.log").exists()
+
+
+def test_stage_at_its_limit_may_say_what_it_did(monkeypatch, tmp_path):
+    wait = "try: import time; print('at work', flush=True); time.sleep(600)\nexcept KeyboardInterrupt: print('so far so good')"
+    (ended, rest) = gpu_suite.run_stage([[sys.executable, "-c", wait], ["never"]], {}, tmp_path / "log", 3.0)
+    assert ended.startswith("ended after 3 s: ") and rest == "not run: never"
+    assert "so far so good" in (tmp_path / "log").read_text()
+
+
+def test_what_a_command_started_ends_with_it(tmp_path):
+    """Also where it does not end itself when it is asked to."""
+    start = ["sh", "-c", "trap '' INT; sleep 600 & echo $!"]
+    program = f"import subprocess, time; subprocess.run({start}); time.sleep(600)"
+    gpu_suite.run_stage([[sys.executable, "-c", program]], {}, tmp_path / "log", 3.0)
+    words = (tmp_path / "log").read_text().split()
+    child = next(int(word) for word in reversed(words) if word.isdecimal())
+    is_alive = lambda: (state := Path(f"/proc/{child}/stat")).exists() and state.read_text().split()[2] != "Z"
+    for _ in range(1000):  # a signal takes a moment
+        if not is_alive():
+            return
+        timing.time.sleep(0.01)
+    pytest.fail(f"process {child} is there still")
+
+
+@pytest.mark.parametrize("tool", gpu_suite.SANITIZERS)
+def test_sanitizer_that_says_nothing_found_nothing_out(tool, tmp_path):
+    assert "does not say" in gpu_suite.sanitizer_complaint(tool, tmp_path)
+    report = gpu_suite.sanitizer_report(tool, tmp_path)
+    report.write_text("========= ERROR SUMMARY: 1 error\n========= RACECHECK SUMMARY: 2 hazards displayed")
+    assert "does not say" in gpu_suite.sanitizer_complaint(tool, tmp_path)
+    report.write_text("========= ERROR SUMMARY: 0 errors\n========= RACECHECK SUMMARY: 0 hazards displayed")
+    assert gpu_suite.sanitizer_complaint(tool, tmp_path) is None
+
+
+def test_names_of_variables_are_those_of_this_jaxlib(monkeypatch):
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
+    for source, name, allocator in (
+        ("os.getenv('XLA_CLIENT_MEM_FRACTION'), 'address'", "XLA_CLIENT_MEM_FRACTION", "address"),
+        ("os.getenv('XLA_PYTHON_CLIENT_MEM_FRACTION')", "XLA_PYTHON_CLIENT_MEM_FRACTION", "platform"),
+    ):
+        monkeypatch.setattr(gpu_suite, "client_options", lambda source=source: source)
+        assert gpu_suite.beside_torch() == {name: ".45"}
+        assert gpu_suite.for_sanitizers()["XLA_PYTHON_CLIENT_ALLOCATOR"] == allocator
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".3")
+    assert gpu_suite.beside_torch() == {}
+
+
 def test_pairs_of_everything():
     made = make_inputs(case_named("odd_prefix"))
     every_block = np.arange(100)[None, None, None]
@@ -376,6 +626,24 @@ def test_contenders_take_turns(monkeypatch):
     assert {"".join(sorted(one)) for one in rounds} == {"abc"}
     assert len(set(rounds)) > 3, "the order must change, or one contender always follows the same other"
     assert all(2e-3 < seconds < 1 for times in samples.values() for seconds in times)
+
+
+def test_calls_are_enqueued_on_an_accelerator(monkeypatch):
+    done = []
+    call = timing.Enqueued(lambda: done.append("start") or len(done), lambda result: done.append(f"wait for {result}"))
+    timing.time_calls(call, 2)
+    assert done == ["start", "wait for 1", "start", "wait for 3"]
+    done.clear()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    timing.time_calls(call, 2)
+    assert done == ["start", "start", "wait for 2"]
+
+
+def test_call_that_fails_has_no_more_turns():
+    made, failed = [], []
+    calls = dict(a=lambda: made.append(1), b=lambda: fails() if len(made) > 4 else timing.time.sleep(1e-3))
+    timing.time_interleaved(calls, repeats=3, seconds=60, on_failure=lambda name, error: failed.append((name, type(error))))
+    assert failed == [("b", RuntimeError)]
 
 
 def test_timing_stops_when_its_time_is_over():

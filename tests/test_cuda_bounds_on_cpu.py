@@ -456,7 +456,7 @@ NUM_RESULTS = 2
 
 
 def call_handler(arrays: dict | None = None, **attributes) -> list[jax.Array]:
-    library.load("cpu")
+    library.load(jax.default_backend())
     arrays = list((ARRAYS | (arrays or {})).values())
     call = jax.ffi.ffi_call(library.SELECT_BY_BOUNDS, [jax.ShapeDtypeStruct(*x) for x in arrays[-NUM_RESULTS:]])
     attributes = dict(top_k=np.int32(5), reduction="max", seed=np.int64(0)) | attributes
@@ -516,7 +516,7 @@ def test_extrema_of_arrays_that_do_not_fit(is_paged):
     }
 
     def call(changes, **attributes):
-        library.load("cpu")
+        library.load(jax.default_backend())
         *arguments, maximum, minimum = (arrays | changes).values()
         call = jax.ffi.ffi_call(library.BLOCK_EXTREMA, [jax.ShapeDtypeStruct(*x) for x in (maximum, minimum)])
         attributes = dict(block_size=np.int32(16), seed=np.int64(0)) | attributes
@@ -563,6 +563,8 @@ def test_quest_selects_by_the_kernels(page_rows, monkeypatch):
     assert library.SELECT_BY_BOUNDS in text
     found, wanted = (selector.select(query, metadata, **arguments, implementation=name) for name in ("cuda", "xla"))
     assert found.shape == (2, 2, 3, 9) and (np.asarray(found) == np.asarray(wanted)).mean() > 0.99
+    if jax.default_backend() != "cpu":
+        return
     monkeypatch.setenv(library.HOST_SIM, "0")
     with pytest.raises(NotImplementedError, match="cuda: .*platform is 'cpu'"):
         selector.select(query, metadata, **arguments, implementation="cuda")

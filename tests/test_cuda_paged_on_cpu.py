@@ -402,7 +402,7 @@ ATTRIBUTES = dict(
 
 
 def call_handler(arrays: dict | None = None, **attributes) -> list[np.ndarray]:
-    library.load("cpu")
+    library.load(jax.default_backend())
     arrays = list((ARRAYS | (arrays or {})).values())
     call = jax.ffi.ffi_call(library.PAGED_ATTENTION, [jax.ShapeDtypeStruct(*x) for x in arrays[-NUM_RESULTS:]])
     return jax.block_until_ready(call(*(jnp.zeros(*x) for x in arrays[:-NUM_RESULTS]), **(ATTRIBUTES | attributes)))
@@ -425,7 +425,7 @@ def handler_arguments(count: int, block: int = 0) -> tuple[list[jax.Array], list
 @pytest.mark.parametrize("count", [-1, 7, 2**31 - 1, -(2**31)])
 def test_counts_of_any_value_are_guarded(count):
     """Slots beyond the list, and more than a sequence has blocks, are not read: the simulator would say so."""
-    library.load("cpu")
+    library.load(jax.default_backend())
     arguments, shapes = handler_arguments(count)
     out, *_ = jax.ffi.ffi_call(library.PAGED_ATTENTION, shapes)(*arguments, **ATTRIBUTES)
     assert not np.any(np.asarray(out, np.float32))
@@ -434,7 +434,7 @@ def test_counts_of_any_value_are_guarded(count):
 @pytest.mark.parametrize("block", [-1, -(2**31), 9, 2**31 - 1])
 def test_blocks_of_any_value_are_guarded(block):
     """Nothing is looked up for a block that is none. What the op itself lists has no such blocks."""
-    library.load("cpu")
+    library.load(jax.default_backend())
     arguments, shapes = handler_arguments(2, block)
     out, lse, *_ = jax.ffi.ffi_call(library.PAGED_ATTENTION, shapes)(*arguments, **ATTRIBUTES)
     assert not np.any(np.asarray(out, np.float32)) and np.all(np.isneginf(lse))

@@ -207,7 +207,7 @@ CALLS = {
 
 
 def call_handler(target: str, arrays: dict | None = None, **attributes) -> list[np.ndarray]:
-    library.load("cpu")
+    library.load(jax.default_backend())
     sound, sound_attributes = CALLS[target]
     argument, *results = (sound | (arrays or {})).values()
     call = jax.ffi.ffi_call(target, [jax.ShapeDtypeStruct(*result) for result in results])

@@ -369,7 +369,7 @@ ATTRIBUTES = dict(
 
 
 def call_handler(arrays: dict | None = None, **attributes) -> list[jax.Array]:
-    library.load("cpu")
+    library.load(jax.default_backend())
     *arguments, indices, num_taken = (ARRAYS | (arrays or {})).values()
     call = jax.ffi.ffi_call(library.SELECT_BLOCKS, [jax.ShapeDtypeStruct(*result) for result in (indices, num_taken)])
     return jax.block_until_ready(call(*(jnp.zeros(*argument) for argument in arguments), **(ATTRIBUTES | attributes)))

@@ -153,3 +153,21 @@ def test_times_of_the_benchmarks_become_rows():
     assert found == [expected | dict(op="selection", kv_block_size=64, per_token=True, milliseconds=times)]
     newer = expected | dict(milliseconds=dict(cuda=1.0, mosaic=2.0))
     assert measured_times.merge([expected, *found], [newer]) == [newer, *found]
+
+
+@pytest.mark.parametrize(
+    ("kernels", "expected"),
+    [
+        ([("cuda sm90", "timed", 1.5), ("cuda sm80", "timed", 3.0)], dict(cuda=1.5)),
+        ([("cuda sm80", "timed", 3.0), ("cuda sm90", "timed", 4.0)], dict(cuda=4.0)),
+        ([("cuda sm90", "cannot run", None), ("cuda sm80", "timed", 3.0)], dict(cuda=3.0)),
+        ([("cuda sm90", "WRONG", None), ("cuda sm80", "timed", 3.0)], {}),
+        ([("mosaic forward: warpgroups 1, stages 2", "timed", 0.5)], {}),
+    ],
+    ids=str,
+)
+def test_times_are_of_the_kernels_that_the_dispatch_runs(kernels, expected):
+    rows = [("attention", "forward_backward", name, "implementation", *found) for name, *found in kernels]
+    others = [("attention", "forward_backward", name, "implementation", "timed", 2.0) for name in ("xla", "mosaic")]
+    (found,) = measured_times.rows_of(results(rows + others))
+    assert found["milliseconds"] == dict(xla=2.0, mosaic=2.0) | expected

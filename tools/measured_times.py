@@ -6,14 +6,18 @@ Of attention it takes forward and backward together. A case replaces the same ca
 """
 
 import json
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from sparse_attn_jax import dispatch, measured
 
 TABLE = Path(measured.__file__).with_name(measured.FILE)
 MODES = dict(attention="forward_backward", selection="forward")
+# A contender's name: a selector's, if it is one, an implementation's, and the CUDA kernels that it ran if they were asked for.
+# What is named otherwise is none of an implementation as the dispatch runs it.
+CONTENDER = re.compile(r"(?:InfLLMV2 )?(\w+)(?: sm(\d+))?")
 
 
 def rows_of(results: dict) -> Iterator[dict]:
@@ -22,13 +26,7 @@ def rows_of(results: dict) -> Iterator[dict]:
         for workload in section["workloads"]:
             case, selector = workload["case"], workload["selector"] or {}
             for op, mode in MODES.items():
-                times = {
-                    # A selector's contender is named as "InfLLMV2 cuda".
-                    row["contender"].split()[-1]: row["median_ms"]
-                    for row in workload["rows"]
-                    if (row["op"], row["mode"], row["status"]) == (op, mode, "timed") and row["kind"] != "baseline"
-                }
-                times = {name: time for name, time in times.items() if name in dispatch.IMPLEMENTATIONS}
+                times = times_of(row for row in workload["rows"] if (row["op"], row["mode"]) == (op, mode))
                 if len(times) < 2:
                     continue
                 yield dict(
@@ -42,6 +40,24 @@ def rows_of(results: dict) -> Iterator[dict]:
                     kv_len=case["kv_len"],
                     milliseconds=times,
                 )
+
+
+def times_of(rows: Iterable[dict]) -> dict[str, float]:
+    """Milliseconds by implementation, of the newest of its kernels that can run: the dispatch would take no others."""
+    newest = {}
+    for row in rows:
+        name = CONTENDER.fullmatch(row["contender"])
+        if (
+            name is None
+            or name[1] not in dispatch.IMPLEMENTATIONS
+            or row["kind"] == "baseline"
+            or row["status"] == "cannot run"
+        ):
+            continue
+        arch = int(name[2] or 0)
+        if arch >= newest.get(name[1], (0, None))[0]:
+            newest[name[1]] = arch, row
+    return {name: row["median_ms"] for name, (_, row) in newest.items() if row["status"] == "timed"}
 
 
 def merge(old: list[dict], new: list[dict]) -> list[dict]:
