@@ -15,7 +15,7 @@ bin := $(VENV)/bin
 ready := $(VENV)/.ready
 cpp := $(shell find csrc -name '*.h' -o -name '*.cc' -o -name '*.cuh' -o -name '*.cu')
 
-.PHONY: help setup cuda cuda-wheel kernel-table pallas-plugin pallas-table pallas-versions demo test mutants lint format bench bazel-test clean
+.PHONY: help setup cuda cuda-wheel kernel-table pallas-plugin pallas-table pallas-versions demo test mutants lint format bench bazel-simulator bazel-test clean
 .DEFAULT_GOAL := help
 
 help:
@@ -94,6 +94,9 @@ bench: $(ready)
 	$(bin)/python -m benchmarks.run $(ARGS)
 
 # Bazel runs the tests with the python3 that it finds on PATH.
+bazel-simulator: $(ready)
+	$(with_bin) $(BAZEL) build --config=offline $(ARGS) //csrc:host_sim
+
 bazel-test: $(ready)
 	$(with_bin) $(BAZEL) test --config=offline $(ARGS) //...
 
