@@ -74,11 +74,11 @@ def mosaic_on_cpu() -> Iterator[None]:
     if jax.__version_info__ < (0, 12):
         pytest.skip("the interpreter of JAX 0.11 wants every barrier to be waited for once more at the end")
     from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
-    from jax.experimental.pallas import mosaic_gpu as plgpu
+    from mosaic_interpreter import interpreted_kernels
 
     # Threads that wait for each other for ever end the process, with a word of where they are.
     faulthandler.dump_traceback_later(600, exit=True)
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+    with interpreted_kernels():
         yield
     faulthandler.cancel_dump_traceback_later()
     interpret_pallas_call.reset_gpu_interpret_mode_state()  # as after an exception it has to be

@@ -70,12 +70,12 @@ def check_of(module: str):
 
 
 def main(arguments: list[str]) -> int:
-    from jax.experimental.pallas import mosaic_gpu as plgpu
+    from mosaic_interpreter import interpreted_kernels
 
     if arguments:
         apply(*arguments)
     checks = [check_of(arguments[0])] if arguments else [attention, ampere_attention, selection]
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+    with interpreted_kernels():
         try:
             compare_all = [check() for check in checks]
         except RuntimeError as error:
