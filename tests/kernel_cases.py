@@ -14,6 +14,9 @@ from sparse_attn_jax.testing import compare
 from sparse_attn_jax.testing.cases import Case, case_named
 from sparse_attn_jax.testing.inputs import Inputs, make_inputs
 
+# Heads are alike: where a case is not about them, a slow interpreter has those of one KV head.
+ONE_GROUP = dict(num_q_heads=2, num_kv_heads=1)
+
 
 def as_kernels_take_it(case: Case) -> Case | None:
     """The case with a head_dim and dtype that the kernels have; `None` if it has what they have not."""

@@ -509,6 +509,16 @@ def test_library_that_does_not_load(monkeypatch, tmp_path):
         library.load("gpu")
 
 
+def test_what_would_run_on_a_gpu_is_not_loaded_for_a_cpu(monkeypatch, tmp_path):
+    (tmp_path / "kernels_without_a_driver.py").write_text("raise ImportError('no driver')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(library, "MODULE", "kernels_without_a_driver")
+    monkeypatch.setenv(library.HOST_SIM, "0")
+    inputs = small_case("group2_bf16")
+    with pytest.raises(NotImplementedError, match="platform is 'cpu'"):
+        attend_with(inputs)(**inputs.operands)
+
+
 def test_reason_of_an_old_driver(monkeypatch, tmp_path):
     (tmp_path / "newer_kernels.py").write_text("import os\ncuda_versions = lambda: (13020, int(os.environ['DRIVER']))")
     monkeypatch.syspath_prepend(tmp_path)
@@ -516,7 +526,7 @@ def test_reason_of_an_old_driver(monkeypatch, tmp_path):
     reasons = {}
     for driver in (0, 12080, 13000, 13040):
         monkeypatch.setenv("DRIVER", str(driver))
-        reasons[driver] = library.missing("gpu")
+        reasons[driver] = library.reason_of_driver()
     assert "compiled by CUDA 13.2, and the driver of this machine runs programs of CUDA 12.8 and older" in reasons.pop(12080)
     assert set(reasons.values()) == {None}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sparse_attn_jax.implementations.cuda import host_sim
-from tools.mutants.build import write_few_variants
+from tools.mutants.build import simulator_of_few_variants
 
 pytestmark = pytest.mark.kernels
 
@@ -61,10 +61,7 @@ def test_kernels_under_the_sanitizers(cpp_compiler):
     runtimes = (
         run(cpp_compiler, f"-print-file-name={name}").strip() for name in ("libasan.so", "libubsan.so", "libstdc++.so.6")
     )
-    few = host_sim.ROOT / "build" / "few_variants"
-    write_few_variants(few)
-    flags = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DSPARSE_ATTN_FLOAT16=0")
-    library = host_sim.build((*flags, f"-I{few}"))
+    library = simulator_of_few_variants("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     settings = dict(LD_PRELOAD=":".join(runtimes), ASAN_OPTIONS="detect_leaks=0", SPARSE_ATTN_HOST_SIM=str(library))
     for file, chosen in SANITIZED_TESTS.items():
         tests = [

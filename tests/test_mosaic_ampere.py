@@ -9,6 +9,7 @@ import kernel_cases
 import numpy as np
 import pytest
 from kernel_cases import (
+    ONE_GROUP,
     assert_same,
     make_plan,
     mesh_of,
@@ -29,7 +30,6 @@ from sparse_attn_jax.testing.inputs import Inputs
 needs_ampere = pytest.mark.skipif(not jax_compat.HAS_MOSAIC_GPU_FOR_AMPERE, reason="needs JAX 0.11.2 or newer")
 
 attend_with = functools.partial(kernel_cases.attend_with, "mosaic")
-ONE_GROUP = dict(num_q_heads=2, num_kv_heads=1)
 
 
 @pytest.fixture

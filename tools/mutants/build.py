@@ -50,6 +50,13 @@ def write_few_variants(folder: Path) -> None:
     few.write_text(with_few_variants((CSRC / LISTS).read_text()))
 
 
+def simulator_of_few_variants(*flags: str) -> Path:
+    """The simulator with few variants, in bfloat16 alone: compiled in a quarter of the time."""
+    few = host_sim.ROOT / "build" / "few_variants"
+    write_few_variants(few)
+    return host_sim.build((*flags, "-DSPARSE_ATTN_FLOAT16=0", f"-I{few}"))
+
+
 @dataclasses.dataclass(frozen=True)
 class Objects:
     """The parts of the library, compiled to `folder`."""

@@ -89,6 +89,8 @@ def _reasons_of_library(problem: library.AnyProblem, fields: tuple[str, ...]) ->
     reasons = [] if missing is None else [f"no kernels: {missing}"]
     if not on_simulator and problem.platform != "gpu":
         reasons.append(f"platform is {problem.platform!r}; supported: 'gpu', and 'cpu' with {library.HOST_SIM}=1")
+    if not reasons and not on_simulator and (old_driver := library.reason_of_driver()) is not None:
+        reasons.append(old_driver)
     if reasons:
         return reasons
     if not library.architectures(problem):

@@ -91,17 +91,18 @@ def missing(platform: str) -> str | None:
             "this install has no CUDA kernels, because it found no nvcc; `SPARSE_ATTN_CUDA=ON pip install` brings one, or says "
             "what is missing"
         )
-    return _missing_driver()
+    return None
 
 
-def _missing_driver() -> str | None:
-    """Why the driver of this machine, if it has one, cannot run what was compiled; or `None`."""
+def reason_of_driver() -> str | None:
+    """Why the driver of this machine, if it has one, cannot run the kernels, which must not be `missing`; or `None`."""
     runtime, driver = _import_module().cuda_versions()
     text = lambda version: f"{version // 1000}.{version % 1000 // 10}"
     if 0 < driver < runtime // 1000 * 1000:
         return (
-            f"they were compiled by CUDA {text(runtime)}, and the driver of this machine runs programs of CUDA {text(driver)} "
-            f"and older: they want a driver for {runtime // 1000}.0, or `SPARSE_ATTN_CUDA=ON pip install` with an older nvcc"
+            f"the kernels were compiled by CUDA {text(runtime)}, and the driver of this machine runs programs of CUDA "
+            f"{text(driver)} and older: they want a driver for {runtime // 1000}.0, or `SPARSE_ATTN_CUDA=ON pip install` with "
+            "an older nvcc"
         )
     return None
 
