@@ -44,15 +44,24 @@ void for_each_dtype(Add add) {
 #endif
 }
 
-// A `Variant<T, kHeadDim, kBlockSize>` has static functions `forward` and `backward`.
+// Those of one dtype. A `Variant<T, kHeadDim, kBlockSize>` has static functions `forward` and
+// `backward`.
+template <int kArch, template <class, int, int> class Variant, class T>
+std::vector<AttentionVariant> list_attention() {
+  std::vector<AttentionVariant> all;
+  add_attention<kArch, Variant, T, 64, 16, 32, 64, 128>(all);
+  add_attention<kArch, Variant, T, 96, 16, 32, 64, 128>(all);
+  add_attention<kArch, Variant, T, 128, 16, 32, 64, 128>(all);
+  add_attention<kArch, Variant, T, 256, 16, 32, 64, 128>(all);
+  return all;
+}
+
 template <int kArch, template <class, int, int> class Variant>
 std::vector<AttentionVariant> list_attention() {
   std::vector<AttentionVariant> all;
   for_each_dtype([&]<class T>() {
-    add_attention<kArch, Variant, T, 64, 16, 32, 64, 128>(all);
-    add_attention<kArch, Variant, T, 96, 16, 32, 64, 128>(all);
-    add_attention<kArch, Variant, T, 128, 16, 32, 64, 128>(all);
-    add_attention<kArch, Variant, T, 256, 16, 32, 64, 128>(all);
+    const auto some = list_attention<kArch, Variant, T>();
+    all.insert(all.end(), some.begin(), some.end());
   });
   return all;
 }

@@ -22,11 +22,13 @@ VARIANTS = {64: (16, 64, 128), 256: (64,)}
 DTYPE = "bfloat16"
 # Where the variants are listed.
 LISTS = "common/variants.cuh"
+# Functions that are one instruction each, and code of the host.
+NOT_MUTATED = ("ptx.cuh", "launch.cuh", "launchers.cuh", "variants.cuh")
 
 
 def mutated_sources() -> list[Path]:
-    """The files whose mutants are tested: device code, without the functions that are one instruction each."""
-    return [path for path in sorted(CSRC.glob("*/*.cuh")) if path.name not in ("ptx.cuh", "launch.cuh", "variants.cuh")]
+    """The files whose mutants are tested: device code, but for `NOT_MUTATED`."""
+    return [path for path in sorted(CSRC.glob("*/*.cuh")) if path.name not in NOT_MUTATED]
 
 
 def with_few_variants(source: str) -> str:
