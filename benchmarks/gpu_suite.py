@@ -299,6 +299,8 @@ STAGES = make_stages()
 
 # What a command has to end by itself, once it is asked to.
 SECONDS_TO_END = 10
+# What a shell starts in the background ignores interrupts, and so would what it starts itself.
+TO_BE_INTERRUPTED = ("env", "--default-signal=INT")
 
 
 def importable(module: str) -> bool:
@@ -328,7 +330,8 @@ def run_stage(
             print(f"$ {text}", file=output, flush=True)
             options = dict(cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
             # A group of its own, which ends together; in this session, so that who ends that ends it too.
-            process = subprocess.Popen([*map(str, command)], env=os.environ | environment, process_group=0, **options)
+            words = [*TO_BE_INTERRUPTED, *map(str, command)]
+            process = subprocess.Popen(words, env=os.environ | environment, process_group=0, **options)
             status = wait(process, deadline - time.monotonic())
             if status is None:
                 failed.append(f"ended after {time_limit:g} s: {text}")

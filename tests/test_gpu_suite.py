@@ -54,7 +54,7 @@ def test_stage_at_its_limit_may_say_what_it_did(monkeypatch, tmp_path):
     wait = "try: import time; print('at work', flush=True); time.sleep(600)\nexcept KeyboardInterrupt: print('so far so good')"
     (ended, rest) = gpu_suite.run_stage([[sys.executable, "-c", wait], ["never"]], {}, tmp_path / "log", 3.0)
     assert ended.startswith("ended after 3 s: ") and rest == "not run: never"
-    assert "so far so good" in (tmp_path / "log").read_text()
+    assert "\nso far so good" in (tmp_path / "log").read_text()
 
 
 def test_what_a_command_started_ends_with_it(tmp_path):
