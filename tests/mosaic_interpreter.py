@@ -21,11 +21,11 @@ def interpreted_kernels() -> Iterator[None]:
 
     plain = SimpleNamespace(device_put=lambda arguments, device: jax.tree.map(_plain_value, arguments))
     was_disabled = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
     with (
         mock.patch.object(callback, "api", plain),
         plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)),
     ):
+        jax.config.update("jax_disable_most_optimizations", True)
         try:
             yield
         finally:
