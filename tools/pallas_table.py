@@ -3,7 +3,6 @@
 `make pallas-table` writes docs/pallas_table.md; tests/test_compiled_pallas.py compares it with a new compilation.
 """
 
-import concurrent.futures
 import json
 import os
 import re
@@ -45,25 +44,12 @@ def plugin() -> Path | None:
     return folder if folder.exists() else None
 
 
-def compile_programs(names: Sequence[str] = (), jobs: int = 2) -> list[dict]:
+def compile_programs(names: Sequence[str] = ()) -> list[dict]:
     """What `tools.pallas_programs` says of each program, all of them if there is no name."""
     environment = os.environ | dict(PYTHONPATH=os.pathsep.join([str(ROOT), str(plugin())]))
-    command = [sys.executable, "-m", "tools.pallas_programs"]
-    if not names:
-        listing = subprocess.run([*command, "--list"], env=environment, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
-        names = listing.stdout.splitlines()
-
-    def compile_program(name):
-        """In a process of its own: a kernel that another program has as well is not compiled again, nor written about."""
-        done = subprocess.run([*command, name], env=environment, cwd=ROOT, capture_output=True, text=True)
-        if done.returncode != 0:
-            raise RuntimeError(f"{done.args} ended with {done.returncode}:\n{done.stderr[-4000:]}")
-        (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]
-        return json.loads(line)
-
-    # The last takes as long as several others, and goes first.
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        return [*pool.map(compile_program, reversed(names))][::-1]
+    command = [sys.executable, "-m", "tools.pallas_programs", *names]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def spill_budget(program: str, kernel: str) -> int:
