@@ -15,12 +15,13 @@ bin := $(VENV)/bin
 ready := $(VENV)/.ready
 cpp := $(shell find csrc -name '*.h' -o -name '*.cc' -o -name '*.cuh' -o -name '*.cu')
 
-.PHONY: help setup cuda cuda-wheel kernel-table pallas-plugin pallas-table pallas-versions demo test mutants lint format bench bazel-simulator bazel-test clean
+.PHONY: help setup cuda cuda-wheel kernel-table pallas-plugin pallas-table pallas-versions demo test test-cpu mutants lint format bench bazel-simulator bazel-test clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo        train a small language model, sparse and dense, and write figures to demo_out/"
-	@echo "make test        run the tests"
+	@echo "make test        run the tests, on the code that compilers make for GPUs too; needs g++, and no GPU"
+	@echo "make test-cpu    run those that need no compiler for GPUs"
 	@echo "make mutants     break the CUDA kernels, one change at a time, and see whether tests notice; takes hours"
 	@echo "make lint        check style and format; 'make format' repairs them"
 	@echo "make bench       time attention side by side with the baselines"
@@ -74,7 +75,10 @@ pallas-versions: $(ready)
 demo: $(ready)
 	$(bin)/python examples/train_lm.py --out demo_out $(ARGS)
 
-test: $(ready)
+test: cuda pallas-plugin test-cpu
+
+# Tests of what a compiler for GPUs makes skip, with a reason, where there is none.
+test-cpu: $(ready)
 	$(bin)/python -m pytest -q -n $(JOBS) --dist worksteal $(ARGS)
 
 mutants: $(ready)
